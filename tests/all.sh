@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# tests/all.sh BIN: the package equals the notebooks, the notebooks run, then what a notebook cell cannot hold
+set -euo pipefail
+bin=$1
+export PATH="$(cd "$bin" && pwd):$PATH" MPLBACKEND=agg OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+before=$(cat rtdetr_kd/*.py | sha256sum)
+nbdev_export
+after=$(cat rtdetr_kd/*.py | sha256sum)
+if [ "$before" != "$after" ]; then
+  echo "rtdetr_kd/ was not what the notebooks export: nbdev_export has changed it. Edit notebooks, run nbdev_export, commit both." >&2
+  git --no-pager diff --stat -- rtdetr_kd >&2 || true
+  exit 1
+fi
+nbdev_test --n_workers 2 --timing
+pytest -q "${@:2}"

@@ -1,0 +1,25 @@
+"Where the optional reference material lies, and a data set small enough to train on in seconds"
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared(*parts) -> Path:
+    "A file of the reference material, or skip"
+    base = Path(os.environ.get("RTDETR_KD_SHARED") or ROOT.parent / "shared")
+    path = base.joinpath(*parts)
+    if not path.exists(): pytest.skip(f"reference material {'/'.join(parts)} is not here: set RTDETR_KD_SHARED")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    "24 training scenes, 8 to select by, 8 to test on"
+    from rtdetr_kd.toy import write_split
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    for split, n in dict(train=24, select=8, val=8).items(): write_split(folder, split, n, 64, 0)
+    return folder

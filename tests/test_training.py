@@ -1,0 +1,102 @@
+"Same seed, same run; interrupted and resumed, the same run; and what must stop"
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rtdetr_kd.learner import Learner, configure, train
+
+
+def config(tiny, tmp_path, **kw):
+    return configure(**dict(data=str(tiny), size="toy", image_size=64, batch=8, epochs=3, eval_every=1, warmup=2, name="run", runs=str(tmp_path), workers=0) | kw)
+
+
+def weights(folder): return torch.load(folder / "run/last/state.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_killed_and_resumed_is_bit_identical(tiny, tmp_path):
+    train(config(tiny, tmp_path / "whole"))
+
+    class Killed(Exception): pass
+    learner = Learner(config(tiny, tmp_path / "cut"))
+    step, n = learner.one_step, [0]
+    def dying(*a):
+        n[0] += 1
+        if n[0] == 5: raise Killed  # in the middle of the second epoch
+        return step(*a)
+    learner.one_step = dying
+    with pytest.raises(Killed): learner.fit()
+    assert not (tmp_path / "cut/run/metrics.json").exists()
+    train(config(tiny, tmp_path / "cut"))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for k in ("trained", "ema", "ema_n", "opt", "step", "best"): assert equal(a[k], b[k]), k
+
+
+def test_workers_change_nothing(tiny, tmp_path):
+    for w in (0, 2): train(config(tiny, tmp_path / str(w), epochs=1, workers=w))
+    assert equal(weights(tmp_path / "0")["trained"], weights(tmp_path / "2")["trained"])
+
+
+def test_a_broken_checkpoint_falls_back_and_never_restarts(tiny, tmp_path, capsys):
+    c = config(tiny, tmp_path)
+    train(c)
+    last = tmp_path / "run/last"
+    (tmp_path / "run/metrics.json").unlink()
+    (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:1000])
+    train(c)
+    assert "cannot be read" in capsys.readouterr().out
+    (tmp_path / "run/metrics.json").unlink()
+    for p in last.glob("*.pt"): p.write_bytes(b"gone")
+    with pytest.raises(ValueError, match="no state .* can be read"): train(c)
+
+
+def test_another_experiment_is_refused(tiny, tmp_path):
+    train(config(tiny, tmp_path, epochs=1))
+    with pytest.raises(ValueError, match="lr=0.0005 .now 0.001"): train(config(tiny, tmp_path, epochs=1, lr=1e-3))
+
+
+def test_a_nan_stops_and_leaves_a_state(tiny, tmp_path):
+    learner = Learner(config(tiny, tmp_path))
+    losses = learner.losses
+    learner.losses = lambda *a: losses(*a) | (dict(bad=torch.tensor(float("nan"))) if learner.step == 4 else {})
+    with pytest.raises(FloatingPointError, match="lower lr"): learner.fit()
+    assert weights(tmp_path)["step"] == 3
+
+
+def test_images_without_boxes_train(tiny, tmp_path):
+    learner = Learner(config(tiny, tmp_path))
+    empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 2
+    terms = learner.one_step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), empty)
+    assert all(v.isfinite() for v in terms.values())
+    full = learner.one_step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [dict(labels=torch.tensor([1]), boxes=torch.full((1, 4), .5))] * 2)
+    assert terms.keys() == full.keys()
+
+
+def test_every_weight_is_trained(tiny, tmp_path):
+    learner = Learner(config(tiny, tmp_path))
+    images, targets = learner.images[0][0][None], [learner.images[0][1]]
+    learner.one_step(images, targets)
+    learner.opt.zero_grad(set_to_none=True)
+    sum(learner.losses(images.float() / 255, targets).values()).backward()
+    assert [n for n, p in learner.model.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(lr="fast"), "lr='fast': must be a number"), (dict(resume="maybe"), "True or False"), (dict(batch=0), "batch=0"),
+    (dict(epochs=1.5), "epochs=1.5"), (dict(size="r17"), "size='r17'"), (dict(teacher="no.safetensors"), "no such weights file"),
+    (dict(seed=True), "seed=True"), (dict(lam=float("nan")), "lam=nan"), (dict(method="query", data="."), "needs a teacher"),
+])
+def test_bad_settings(given, says):
+    with pytest.raises(ValueError, match=says): configure(**given)
+
+
+def test_explicit_wins_over_size_over_preset():
+    assert configure().queries == 30 and configure(queries=7).queries == 7 and configure(size="r18").queries == 300
+    assert configure(epochs="3").epochs == 3 and configure(resume="false").resume is False
