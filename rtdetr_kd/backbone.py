@@ -12,41 +12,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/03_backbone.ipynb #3ac361d6
+# %% ../nbs/03_backbone.ipynb #f031b4fb
 ACTS = dict(relu=nn.ReLU, silu=nn.SiLU, gelu=nn.GELU)
 
 class ConvNorm(nn.Module):
     "Convolution without bias, batch norm, activation"
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, act: str | None = None):
+    def __init__(self,
+        c_in: int,  # channels of the input
+        c_out: int,  # channels of the output
+        kernel: int,  # side of the kernel, odd
+        stride: int = 1,  # 2 halves the map
+        act: str | None = None,  # relu or silu; anything else raises, None is linear
+    ):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=False)
         self.norm = nn.BatchNorm2d(c_out)
-        self.act = ACTS[act](inplace=True) if act in ("relu", "silu") else nn.Identity()
+        self.act = nn.Identity() if act is None else ACTS[act](inplace=True)
 
     def forward(self, x): return self.act(self.norm(self.conv(x)))  # (b,c_out,h/stride,w/stride)
 
-# %% ../nbs/03_backbone.ipynb #bd70fb3d
-def shortcut(c_in: int, c_out: int, stride: int) -> nn.Module:
+# %% ../nbs/03_backbone.ipynb #485683e0
+def shortcut(
+    c_in: int,  # channels of the input
+    c_out: int,  # channels of the output
+    stride: int,  # 1 or 2
+) -> nn.Module:  # (b,c_in,h,w) -> (b,c_out,h/stride,w/stride)
     "The path past a block that changes the shape; at stride 2 it averages before it projects (the 'd' of vd)"
     if stride == 1: return ConvNorm(c_in, c_out, 1)
-    return nn.Sequential(OrderedDict(pool=nn.AvgPool2d(2, 2, 0, ceil_mode=True), conv=ConvNorm(c_in, c_out, 1)))
+    return nn.Sequential(OrderedDict(
+        pool=nn.AvgPool2d(2, 2, 0, ceil_mode=True), conv=ConvNorm(c_in, c_out, 1)))
 
+# %% ../nbs/03_backbone.ipynb #ff0e7680
 class Basic(nn.Module):
     "Two 3×3 convolutions and a shortcut (ResNet-18, -34)"
     expansion = 1
-    def __init__(self, c_in: int, width: int, stride: int, project: bool):
+    def __init__(self,
+        c_in: int,  # channels of the input
+        width: int,  # channels of the output
+        stride: int,  # of the first convolution
+        project: bool,  # whether the shortcut changes the shape
+    ):
         super().__init__()
         self.branch2a = ConvNorm(c_in, width, 3, stride, "relu")
         self.branch2b = ConvNorm(width, width, 3)
         self.short = shortcut(c_in, width, stride) if project else nn.Identity()
 
-    def forward(self, x): return F.relu(self.branch2b(self.branch2a(x)) + self.short(x))
+    def forward(self, x): return F.relu(self.branch2b(self.branch2a(x)) + self.short(x))  # (b,width,h/stride,w/stride)
 
-# %% ../nbs/03_backbone.ipynb #56897984
+# %% ../nbs/03_backbone.ipynb #81766d9b
 class Bottleneck(nn.Module):
     "1×1 down, 3×3, 1×1 up, and a shortcut (ResNet-50, -101)"
     expansion = 4
-    def __init__(self, c_in: int, width: int, stride: int, project: bool):
+    def __init__(self,
+        c_in: int,  # channels of the input
+        width: int,  # channels inside; the output has four times as many
+        stride: int,  # of the 3×3 convolution
+        project: bool,  # whether the shortcut changes the shape
+    ):
         super().__init__()
         self.branch2a = ConvNorm(c_in, width, 1, 1, "relu")
         self.branch2b = ConvNorm(width, width, 3, stride, "relu")
@@ -55,21 +77,30 @@ class Bottleneck(nn.Module):
 
     def forward(self, x): return F.relu(self.branch2c(self.branch2b(self.branch2a(x))) + self.short(x))
 
-# %% ../nbs/03_backbone.ipynb #d62e2003
+# %% ../nbs/03_backbone.ipynb #93385d2d
 class Stage(nn.Module):
     "`n` blocks, the first of which may halve the resolution"
-    def __init__(self, block, c_in: int, width: int, n: int, stride: int):
+    def __init__(self,
+        block,  # Basic or Bottleneck
+        c_in: int,  # channels of the input
+        width: int,  # of the blocks
+        n: int,  # number of blocks
+        stride: int,  # of the first block
+    ):
         super().__init__()
         c_out = width * block.expansion
-        self.blocks = nn.ModuleList(block(c_in if k == 0 else c_out, width, stride if k == 0 else 1, k == 0) for k in range(n))
+        self.blocks = nn.ModuleList(
+            block(c_in if k == 0 else c_out, width, stride if k == 0 else 1, k == 0) for k in range(n))
 
     def forward(self, x):
         for b in self.blocks: x = b(x)
         return x
 
-# %% ../nbs/03_backbone.ipynb #1373bb9c
-DEPTHS = {18: (Basic, (2, 2, 2, 2)), 34: (Basic, (3, 4, 6, 3)), 50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3)),
-          10: (Basic, (1, 1, 1, 1))}
+# %% ../nbs/03_backbone.ipynb #db0b9dd6
+DEPTHS = {  # block and its number in each stage
+    10: (Basic, (1, 1, 1, 1)), 18: (Basic, (2, 2, 2, 2)), 34: (Basic, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)), 101: (Bottleneck, (3, 4, 23, 3)),
+}
 
 class ResNetVD(nn.Module):
     "ResNet-vd (He et al. 2019): a three-convolution stem and averaged shortcuts; gives the maps C3, C4, C5"
@@ -83,10 +114,12 @@ class ResNetVD(nn.Module):
         block, ns = DEPTHS[depth]
         w = width // 2
         self.conv1 = nn.Sequential(OrderedDict(
-            conv1_1=ConvNorm(3, w, 3, 2, "relu"), conv1_2=ConvNorm(w, w, 3, 1, "relu"), conv1_3=ConvNorm(w, width, 3, 1, "relu")))
+            conv1_1=ConvNorm(3, w, 3, 2, "relu"), conv1_2=ConvNorm(w, w, 3, 1, "relu"),
+            conv1_3=ConvNorm(w, width, 3, 1, "relu")))
         outs = [width * 2**i * block.expansion for i in range(4)]
         self.res_layers = nn.ModuleList(
-            Stage(block, width if i == 0 else outs[i - 1], width * 2**i, n, 1 if i == 0 else 2) for i, n in enumerate(ns))
+            Stage(block, width if i == 0 else outs[i - 1], width * 2**i, n, 1 if i == 0 else 2)
+            for i, n in enumerate(ns))
         self.pool = stem_stride == 4
         self.levels, self.channels = levels, outs[-levels:]
         self.strides = [stem_stride * 2**i for i in range(4)][-levels:]
@@ -100,30 +133,45 @@ class ResNetVD(nn.Module):
         for layer in self.res_layers: maps.append(x := layer(x))
         return maps[-self.levels:]
 
-# %% ../nbs/03_backbone.ipynb #b6f3eb59
+# %% ../nbs/03_backbone.ipynb #79b6df72
 class Timm(nn.Module):
     "Any timm network that can return feature maps, fed the images it was trained on"
-    def __init__(self, name: str, levels: int = 3, pretrained: bool = False):
+    def __init__(self,
+        name: str,  # as in timm.list_models(); raises ValueError if timm cannot make it
+        levels: int = 3,  # how many maps to return, the coarsest last
+        pretrained: bool = False,  # download weights; raises ValueError where that fails
+    ):
         super().__init__()
         import timm
         try: self.body = timm.create_model(name, pretrained=pretrained, features_only=True)
         except Exception as e:
-            hint = "pretrained=True downloads weights, and that failed; use pretrained=False or fetch them where there is a network" if pretrained and timm.is_model(name) else "timm.list_models() names what there is"
+            hint = "timm.list_models() names what there is"
+            if pretrained and timm.is_model(name):
+                hint = ("pretrained=True downloads weights, and that failed; "
+                        "use pretrained=False or fetch them where there is a network")
             raise ValueError(f"backbone '{name}': {hint} ({type(e).__name__}: {str(e)[:120]})") from e
-        info = self.body.feature_info
+        info, cfg = self.body.feature_info, self.body.default_cfg
         self.levels, self.channels, self.strides = levels, info.channels()[-levels:], info.reduction()[-levels:]
-        cfg = self.body.default_cfg
         self.register_buffer("mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
 
-    def forward(self, x): return self.body((x - self.mean) / self.std)[-self.levels:]
+    def forward(self,
+        x: Tensor,  # (b,3,h,w) in 0..1
+    ) -> list:  # maps (b,c,h/s,w/s), finest first
+        return self.body((x - self.mean) / self.std)[-self.levels:]
 
-# %% ../nbs/03_backbone.ipynb #4b472593
-def backbone(name: str, levels: int = 3, width: int = 64, pretrained: bool = False) -> nn.Module:
+# %% ../nbs/03_backbone.ipynb #79a58f6c
+def backbone(
+    name: str,  # resnet10vd, resnet18vd … resnet101vd, or a timm name
+    levels: int = 3,  # how many maps, the coarsest last
+    width: int = 64,  # channels of the first stage; timm's networks have their own
+    pretrained: bool = False,  # ImageNet weights, timm only; raises ValueError for ours
+) -> nn.Module:  # (b,3,h,w) -> list of maps, with `channels` and `strides`
     "`resnet18vd`, `resnet50vd` … are the canonical ones; every other name goes to timm"
     import re
     m = re.fullmatch(r"resnet(\d+)vd", name)
-    if m and int(m[1]) in DEPTHS:
-        if pretrained: raise ValueError(f"backbone '{name}' has no ImageNet weights of its own here: load a detector with `init=<file>`, or take timm's 'resnet{m[1]}d' with pretrained=True")
-        return ResNetVD(int(m[1]), width, levels)
-    return Timm(name, levels, pretrained)
+    if not (m and int(m[1]) in DEPTHS): return Timm(name, levels, pretrained)
+    if pretrained:
+        raise ValueError(f"backbone '{name}' has no ImageNet weights of its own here: load a detector with "
+                         f"`init=<file>`, or take timm's 'resnet{m[1]}d' with pretrained=True")
+    return ResNetVD(int(m[1]), width, levels)

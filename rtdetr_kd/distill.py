@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['Teacher', 'foreground', 'questions', 'same_cell', 'layer_pairs', 'Method', 'check_signals', 'check_classes', 'gate']
 
-# %% ../nbs/12_distill.ipynb #bd12a84f
-import copy
-
+# %% ../nbs/12_distill.ipynb #e8fbd2ed
 import torch
 from torch import Tensor, nn
 
@@ -15,18 +13,25 @@ from .data import Split
 from .evaluate import evaluate
 from .model import RTDETR, Output
 
-# %% ../nbs/12_distill.ipynb #2d18f523
+# %% ../nbs/12_distill.ipynb #aed2db2d
 class Teacher:
-    "A frozen detector: no gradient, no dropout, no drifting statistics; and no module, so that no `.train()` reaches it"
-    def __init__(self, model: RTDETR):
+    """A frozen detector: no gradient, no dropout, no drifting statistics;
+    and no module, so that no `.train()` reaches it"""
+    def __init__(self,
+        model: RTDETR,  # frozen in place, not copied
+    ):
         self.model = model.eval().requires_grad_(False)
 
-    def to(self, device): self.model.to(device); return self
+    def to(self, device):  # itself
+        "Move the weights"
+        self.model.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(self,
         images: Tensor,  # (b,3,h,w) in 0..1
     ) -> Output:  # with signals
+        "What the teacher says, with all it lets one look at"
         return self.model.eval()(images, capture=True)
 
 # %% ../nbs/12_distill.ipynb #175e15f0
@@ -36,17 +41,19 @@ def foreground(
     "How sure the teacher is that a query shows something: w = max over classes of its score"
     return logits.float().sigmoid().amax(-1)
 
-# %% ../nbs/12_distill.ipynb #74e464b2
+# %% ../nbs/12_distill.ipynb #c190efcb
 def questions(
-    teacher: Output,
+    teacher: Output,  # with signals
     k: int = 100,  # at most
 ) -> tuple:  # rows (b,k) of the teacher's queries, cells (b,k), reference boxes (b,k,4)
     "The teacher's most confident queries, as questions to put to the student"
     s = teacher.signals
-    rows = foreground(s.logits[-1]).topk(min(k, s.index.shape[1]), 1).indices  # (b,k)
-    return rows, s.index.gather(1, rows), s.reference[0].gather(1, rows[..., None].expand(-1, -1, 4))
+    k = min(k, s.index.shape[1])
+    rows = foreground(s.logits[-1]).topk(k, 1).indices  # (b,k)
+    boxes = s.reference[0].gather(1, rows[..., None].expand(-1, -1, 4))  # (b,k,4)
+    return rows, s.index.gather(1, rows), boxes
 
-# %% ../nbs/12_distill.ipynb #ccff99ae
+# %% ../nbs/12_distill.ipynb #8ed44bfb
 def same_cell(
     cells: Tensor,  # (b,k) numbers in the teacher's row of cells
     theirs: tuple,  # (h,w) of the teacher's levels, finest first
@@ -56,22 +63,23 @@ def same_cell(
     if theirs == ours: return cells
     start_t, start_s = (torch.tensor([0, *(h * w for h, w in v)]).cumsum(0).to(cells) for v in (theirs, ours))
     level = torch.bucketize(cells, start_t[1:], right=True)
-    near = torch.tensor([min(range(len(ours)), key=lambda j: abs(ours[j][0] - h)) for h, _ in theirs]).to(cells)[level]
+    near = [min(range(len(ours)), key=lambda j: abs(ours[j][0] - h)) for h, _ in theirs]
+    near = torch.tensor(near).to(cells)[level]
     (ht, wt), (hs, ws) = (torch.tensor(v).to(cells).T for v in (theirs, ours))
     at = cells - start_t[level]
     row = (at // wt[level] + .5) / ht[level] * hs[near]
     col = (at % wt[level] + .5) / wt[level] * ws[near]
     return start_s[near] + row.long() * ws[near] + col.long()
 
-# %% ../nbs/12_distill.ipynb #cc0d345e
+# %% ../nbs/12_distill.ipynb #6573dcd3
 def layer_pairs(
     student: int,  # number of decoder layers
     teacher: int,
-) -> list:  # (student's, teacher's)
+) -> list:  # (student's, teacher's), counted from 0
     "Student layers to evenly spaced teacher layers, last to last"
-    return [(k, round((k + 1) * teacher / student) - 1) for k in range(student)]
+    return [(k, max(round((k + 1) * teacher / student), 1) - 1) for k in range(student)]
 
-# %% ../nbs/12_distill.ipynb #3626ddfd
+# %% ../nbs/12_distill.ipynb #be96b670
 class Method(nn.Module):
     "What every distillation method looks like"
     needs = ()  # fields of the teacher's Signals without which it cannot work
@@ -83,30 +91,45 @@ class Method(nn.Module):
         targets: list,
         progress: float = 0.,  # 0 at the start of training, 1 at its end
     ) -> dict:  # named terms, unweighted
+        "To be written by each method"
         raise NotImplementedError
 
-# %% ../nbs/12_distill.ipynb #ba9b6067
-def check_signals(method: Method, teacher: Output, name: str):
+# %% ../nbs/12_distill.ipynb #6909eaf8
+def check_signals(
+    method: Method,
+    teacher: Output,  # one answer of the teacher
+    name: str,  # of the method, for the message
+):  # raises ValueError
     "Refuse a teacher that cannot give what a method needs"
     lost = [n for n in method.needs if getattr(teacher.signals, n, None) is None]
-    if lost: raise ValueError(f"method='{name}' needs the teacher's {', '.join(lost)}, and this teacher does not give it: take another method or another teacher")
+    if lost:
+        raise ValueError(f"method='{name}' needs the teacher's {', '.join(lost)}, and this teacher does not "
+                         "give it: take another method or another teacher")
 
-# %% ../nbs/12_distill.ipynb #36dc0b6e
-def check_classes(method: Method, teacher: RTDETR, student: RTDETR, name: str):
+# %% ../nbs/12_distill.ipynb #ce450e49
+def check_classes(
+    method: Method,
+    teacher: RTDETR,
+    student: RTDETR,
+    name: str,  # of the method, for the message
+):  # raises ValueError
     "Refuse scores of other classes"
-    if "logits" in method.needs and teacher.spec.names != student.spec.names:
-        raise ValueError(f"method='{name}' compares class scores, but the teacher knows {len(teacher.spec.names)} classes ({', '.join(teacher.spec.names[:4])} …) "
-                         f"and the data {len(student.spec.names)} ({', '.join(student.spec.names[:4])} …): they must be the same, in the same order")
+    theirs, ours = teacher.spec.names, student.spec.names
+    if "logits" in method.needs and theirs != ours:
+        raise ValueError(f"method='{name}' compares class scores, but the teacher knows {len(theirs)} classes "
+                         f"({', '.join(theirs[:4])} …) and the data {len(ours)} ({', '.join(ours[:4])} …): "
+                         "they must be the same, in the same order")
 
-# %% ../nbs/12_distill.ipynb #6ce498ac
+# %% ../nbs/12_distill.ipynb #cc01fefe
 def gate(
     teacher: Teacher,
     split: Split,  # select
     floor: float = 0.,  # the least AP
-) -> float:  # AP
+) -> float:  # AP; raises ValueError below the floor
     "Measure the teacher before hours are spent on it"
     ap = evaluate(teacher.model, split)[0]["AP"]
     if ap < floor:
-        raise ValueError(f"the teacher reaches AP {ap:.3f} on {len(split)} images of '{split.name}', below teacher_min_ap={floor}: likely causes are another class order, "
-                         "another image size or another normalisation than it was trained with; check those, or lower teacher_min_ap")
+        raise ValueError(f"the teacher reaches AP {ap:.3f} on {len(split)} images of '{split.name}', below "
+                         f"teacher_min_ap={floor}: likely causes are another class order, another image size or "
+                         "another normalisation than it was trained with; check those, or lower teacher_min_ap")
     return ap

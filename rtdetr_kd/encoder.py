@@ -5,22 +5,20 @@
 # %% auto #0
 __all__ = ['sincos_2d', 'EncoderLayer', 'AIFI', 'RepVGG', 'CSPRep', 'HybridEncoder']
 
-# %% ../nbs/04_encoder.ipynb #54ef4c88
-from functools import lru_cache
-
+# %% ../nbs/04_encoder.ipynb #f18dda27
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backbone import ACTS, ConvNorm
 
-# %% ../nbs/04_encoder.ipynb #1c4d9382
-@lru_cache(maxsize=64)
+# %% ../nbs/04_encoder.ipynb #825a1437
 def sincos_2d(
     h: int,  # rows
     w: int,  # columns
     d: int,  # channels, divisible by 4
-    temperature: float = 10000.,
+    temperature: float = 10000.,  # T: the slowest wave is nearly 2πT cells long
 ) -> Tensor:  # (h*w,d)
     "Sine and cosine codes of row and column"
     ω = temperature ** -(torch.arange(d // 4) / (d // 4))  # (d/4,)
@@ -28,10 +26,15 @@ def sincos_2d(
     y, x = y.reshape(-1, 1) * ω, x.reshape(-1, 1) * ω  # (h*w,d/4)
     return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], 1)
 
-# %% ../nbs/04_encoder.ipynb #4584a558
+# %% ../nbs/04_encoder.ipynb #bdc6c54f
 class EncoderLayer(nn.Module):
     "Self-attention and feed-forward, normalised after each"
-    def __init__(self, d: int, heads: int, d_ff: int, act: str = "gelu"):
+    def __init__(self,
+        d: int,  # channels
+        heads: int,  # of the attention; divides d
+        d_ff: int,  # channels inside the feed-forward part
+        act: str = "gelu",  # relu, silu or gelu
+    ):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(d, heads, batch_first=True)
         self.linear1, self.linear2 = nn.Linear(d, d_ff), nn.Linear(d_ff, d)
@@ -41,12 +44,17 @@ class EncoderLayer(nn.Module):
     def forward(self, x, pos):  # (b,h*w,d), (h*w,d)
         q = x + pos
         x = self.norm1(x + self.self_attn(q, q, x, need_weights=False)[0])
-        return self.norm2(x + self.linear2(self.act(self.linear1(x))))
+        return self.norm2(x + self.linear2(self.act(self.linear1(x))))  # (b,h*w,d)
 
-# %% ../nbs/04_encoder.ipynb #f344e46e
+# %% ../nbs/04_encoder.ipynb #15f2e7fc
 class AIFI(nn.Module):
     "Attention-based intra-scale feature interaction: a small transformer encoder over one map"
-    def __init__(self, d: int, heads: int, d_ff: int, layers: int = 1):
+    def __init__(self,
+        d: int,  # channels, divisible by 4 and by `heads`
+        heads: int,  # of the attention
+        d_ff: int,  # channels inside the feed-forward part
+        layers: int = 1,  # RT-DETR has one
+    ):
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(d, heads, d_ff) for _ in range(layers))
 
@@ -57,59 +65,71 @@ class AIFI(nn.Module):
         for layer in self.layers: x = layer(x, pos)
         return x.transpose(1, 2).reshape(b, d, h, w)
 
-# %% ../nbs/04_encoder.ipynb #bf9dda62
+# %% ../nbs/04_encoder.ipynb #838add64
 class RepVGG(nn.Module):
     "A 3×3 and a 1×1 convolution in parallel: one 3×3 after training"
-    def __init__(self, c: int, act: str):
+    def __init__(self,
+        c: int,  # channels in and out
+        act: str,  # relu or silu
+    ):
         super().__init__()
         self.conv1, self.conv2 = ConvNorm(c, c, 3), ConvNorm(c, c, 1)
         self.act = ACTS[act](inplace=True)
 
-    def forward(self, x): return self.act(self.conv1(x) + self.conv2(x))
+    def forward(self, x): return self.act(self.conv1(x) + self.conv2(x))  # (b,c,h,w)
 
-# %% ../nbs/04_encoder.ipynb #7e2460a8
+# %% ../nbs/04_encoder.ipynb #a55265a0
 class CSPRep(nn.Module):
-    "Fusion block: half of the channels through RepVGG blocks, half past them"
-    def __init__(self, c_in: int, c_out: int, n: int, act: str, expansion: float):
+    "Fusion block: one projection through RepVGG blocks, one past them"
+    def __init__(self,
+        c_in: int,  # channels of the stacked maps
+        c_out: int,  # channels of the result
+        n: int,  # RepVGG blocks
+        act: str,  # relu or silu
+        expansion: float,  # width inside, as a share of c_out
+    ):
         super().__init__()
         c = int(c_out * expansion)
         self.conv1, self.conv2 = ConvNorm(c_in, c, 1, 1, act), ConvNorm(c_in, c, 1, 1, act)
         self.bottlenecks = nn.Sequential(*(RepVGG(c, act) for _ in range(n)))
         self.conv3 = ConvNorm(c, c_out, 1, 1, act) if c != c_out else nn.Identity()
 
-    def forward(self, x): return self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
+    def forward(self, x): return self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))  # (b,c_out,h,w)
 
-# %% ../nbs/04_encoder.ipynb #6212236e
+# %% ../nbs/04_encoder.ipynb #7c6160ec
 class HybridEncoder(nn.Module):
     "AIFI on the coarsest map, then CCFM (cross-scale fusion): top-down, then bottom-up (RT-DETR, section 4.2)"
     def __init__(self,
         channels: list,  # of the backbone's maps, finest first
-        d: int = 256,  # channels of every map it returns
-        heads: int = 8,
-        d_ff: int = 1024,
+        d: int = 256,  # channels of every map it returns, divisible by 4 and by `heads`
+        heads: int = 8,  # of the attention
+        d_ff: int = 1024,  # channels inside the feed-forward part
         expansion: float = 1.,  # width of the fusion blocks
         depth: float = 1.,  # times 3 RepVGG blocks each
-        act: str = "silu",
+        act: str = "silu",  # of the convolutions: relu or silu
     ):
         super().__init__()
         n = len(channels)
         csp = lambda: CSPRep(2 * d, d, round(3 * depth), act, expansion)
-        self.input_proj = nn.ModuleList(nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d)) for c in channels)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, d, 1, bias=False), nn.BatchNorm2d(d)) for c in channels)
         self.encoder = nn.ModuleList([AIFI(d, heads, d_ff)])
         self.lateral_convs = nn.ModuleList(ConvNorm(d, d, 1, 1, act) for _ in range(n - 1))
         self.fpn_blocks = nn.ModuleList(csp() for _ in range(n - 1))
         self.downsample_convs = nn.ModuleList(ConvNorm(d, d, 3, 2, act) for _ in range(n - 1))
         self.pan_blocks = nn.ModuleList(csp() for _ in range(n - 1))
 
-    def forward(self,
-        maps: list,  # (b,c,h,w) each, finest first
-    ) -> list:  # (b,d,h,w) each, finest first
-        S = [proj(m) for proj, m in zip(self.input_proj, maps)]
-        high, down = self.encoder[0](S[-1]), []
-        for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, S[-2::-1]):  # coarse to fine
-            down.append(high := lateral(high))
-            high = block(torch.cat([F.interpolate(high, size=low.shape[-2:], mode="nearest"), low], 1))
-        out = [high]
-        for conv, block, low in zip(self.downsample_convs, self.pan_blocks, down[::-1]):  # fine to coarse
-            out.append(block(torch.cat([conv(out[-1]), low], 1)))
-        return out
+# %% ../nbs/04_encoder.ipynb #a67398a6
+@patch
+def forward(self: HybridEncoder,
+    maps: list,  # (b,c,h,w) each, finest first
+) -> list:  # (b,d,h,w) each, finest first
+    S = [proj(m) for proj, m in zip(self.input_proj, maps)]
+    high, down = self.encoder[0](S[-1]), []
+    for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, S[-2::-1]):  # coarse to fine
+        down.append(high := lateral(high))
+        high = block(torch.cat([F.interpolate(high, size=low.shape[-2:], mode="nearest"), low], 1))
+    out = [high]
+    for conv, block, low in zip(self.downsample_convs, self.pan_blocks, down[::-1]):  # fine to coarse
+        out.append(block(torch.cat([conv(out[-1]), low], 1)))
+    return out

@@ -28,31 +28,39 @@ def binary_kl(
     own = F.binary_cross_entropy_with_logits(t, p, reduction="none")
     return T**2 * (cross - own)
 
-# %% ../nbs/13_logits.ipynb #fb9a276b
+# %% ../nbs/13_logits.ipynb #330d2fdc
 @torch.no_grad()
 def match_queries(
-    s_logits: Tensor, s_boxes: Tensor,  # (b,qs,c), (b,qs,4) cxcywh
-    t_logits: Tensor, t_boxes: Tensor,  # (b,qt,c), (b,qt,4)
-) -> tuple:  # image, student's query, teacher's query
+    s_logits: Tensor,  # (b,qs,c)
+    s_boxes: Tensor,  # (b,qs,4) cxcywh
+    t_logits: Tensor,  # (b,qt,c)
+    t_boxes: Tensor,  # (b,qt,4) cxcywh
+) -> tuple:  # image, student's query, teacher's query: three index tensors (b*min(qs,qt),)
     "Pair student and teacher queries that predict alike: the Hungarian algorithm in prediction space"
     ps, pt = s_logits.float().sigmoid(), t_logits.float().sigmoid()
-    C = 2 * torch.cdist(ps, pt, p=1) + 5 * torch.cdist(s_boxes.float(), t_boxes.float(), p=1)
+    C = 2 * torch.cdist(ps, pt, p=1) + 5 * torch.cdist(s_boxes.float(), t_boxes.float(), p=1)  # (b,qs,qt)
     C = C - 2 * giou(to_xyxy(s_boxes.float())[:, :, None], to_xyxy(t_boxes.float())[:, None])
-    C = C * foreground(t_logits)[:, None]  # what the teacher is unsure of may lie anywhere
+    gain = C - C.amax()  # ≤ 0, so that a pair with a confident query is worth most
+    C = gain * foreground(t_logits)[:, None]  # what the teacher is unsure of may lie anywhere
     pairs = [linear_sum_assignment(c) for c in C.cpu().numpy()]
     i = torch.cat([torch.full((len(q),), k) for k, (q, _) in enumerate(pairs)])
     q, r = (torch.cat([torch.as_tensor(p[j]) for p in pairs]) for j in (0, 1))
     return tuple(v.to(s_logits.device) for v in (i, q, r))
 
-# %% ../nbs/13_logits.ipynb #7a5ec34d
+# %% ../nbs/13_logits.ipynb #98a03bc3
 class LogitKD(Method):
     "Binary KL between the scores of paired queries, weighted by the teacher's confidence"
     needs = ("logits", "boxes")
-    def __init__(self, student, teacher, T: float = 2.):
+    def __init__(self,
+        student,  # unused: there is nothing to adapt
+        teacher,  # unused
+        T: float = 2.,  # temperature
+    ):
         super().__init__()
         self.T = T
 
     def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+        "One term, `kd_logit`"
         t = teacher.signals
         i, q, r = match_queries(student.logits, student.boxes, t.logits[-1], t.boxes[-1])
         w = foreground(t.logits[-1])[i, r]  # (k,)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from .boxes import giou, to_xyxy
 
-# %% ../nbs/09_matching.ipynb #34cd0204
+# %% ../nbs/09_matching.ipynb #b810bbe1
 def class_cost(
     logits: Tensor,  # (...,q,c)
-    labels: Tensor,  # (m,)
-    α: float = .25,
-    γ: float = 2.,
+    labels: Tensor,  # (m,) class numbers
+    α: float = .25,  # weight of yes against no
+    γ: float = 2.,  # how much the sure ones are spared
 ) -> Tensor:  # (...,q,m)
     "Focal cost: what saying yes to the class would save"
     p = logits.float().sigmoid()[..., labels]  # (...,q,m)
@@ -25,36 +25,36 @@ def class_cost(
     no = (1 - α) * p**γ * -(1 - p + 1e-8).log()
     return yes - no
 
-# %% ../nbs/09_matching.ipynb #7754fe64
+# %% ../nbs/09_matching.ipynb #3946d24a
 def costs(
     logits: Tensor,  # (...,q,c)
-    boxes: Tensor,  # (...,q,4) cxcywh
-    labels: Tensor,  # (m,)
-    true: Tensor,  # (m,4) cxcywh
+    boxes: Tensor,  # (...,q,4) cxcywh, fractions
+    labels: Tensor,  # (m,) class numbers
+    true: Tensor,  # (m,4) cxcywh, fractions
     weights: tuple = (2., 5., 2.),  # of class, L1 and GIoU
 ) -> Tensor:  # (...,q,m)
     "The price of pairing each query with each object"
-    l1 = (boxes.float()[..., None, :] - true).abs().sum(-1)
-    g = giou(to_xyxy(boxes.float())[..., None, :], to_xyxy(true))
+    l1 = (boxes.float()[..., None, :] - true).abs().sum(-1)  # (...,q,m)
+    g = giou(to_xyxy(boxes.float())[..., None, :], to_xyxy(true))  # (...,q,m)
     return weights[0] * class_cost(logits, labels) + weights[1] * l1 - weights[2] * g
 
-# %% ../nbs/09_matching.ipynb #a0991540
+# %% ../nbs/09_matching.ipynb #da7d94f3
 @torch.no_grad()
 def match(
     logits: Tensor,  # (l,b,q,c)
-    boxes: Tensor,  # (l,b,q,4) cxcywh
+    boxes: Tensor,  # (l,b,q,4) cxcywh, fractions
     targets: list,  # b dicts of labels (n,) and boxes (n,4)
 ) -> tuple:  # layer, image, query, object: four index tensors, object counted through the whole batch
-    "One-to-one pairs of least cost, for all layers and images in one call"
+    "One-to-one pairs of least cost, for all layers and images; FloatingPointError where predictions are not finite"
     ns = [len(t["labels"]) for t in targets]
-    C = costs(logits, boxes, torch.cat([t["labels"] for t in targets]), torch.cat([t["boxes"] for t in targets]))  # (l,b,q,sum n)
-    C, found, start = C.cpu(), [], 0
-    if not C.isfinite().all():
-        raise FloatingPointError("predictions are not finite, so nothing can be matched: lower the learning rate, or train in float32 or bfloat16")
+    labels, true = torch.cat([t["labels"] for t in targets]), torch.cat([t["boxes"] for t in targets])
+    C, found, start = costs(logits, boxes, labels, true).cpu(), [], 0  # (l,b,q,sum n)
+    if not C.isfinite().all(): raise FloatingPointError("predictions are not finite, so nothing can be matched: "
+        "lower the learning rate, or train in float32 or bfloat16")
     for i, n in enumerate(ns):
         for l in range(len(C)) if n else ():
-            q, o = linear_sum_assignment(C[l, i, :, start:start + n].numpy())
-            found.append(torch.stack([torch.full((len(q),), l), torch.full((len(q),), i), torch.as_tensor(q), torch.as_tensor(o) + start]))
+            q, o = (torch.as_tensor(v) for v in linear_sum_assignment(C[l, i, :, start:start + n].numpy()))
+            found.append(torch.stack([torch.full_like(q, l), torch.full_like(q, i), q, o + start]))
         start += n
     pairs = torch.cat(found, 1) if found else torch.zeros(4, 0, dtype=torch.long)
     return tuple(pairs.to(logits.device))
