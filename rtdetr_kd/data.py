@@ -198,7 +198,7 @@ def check_split(data: str, k: str, s: Split, train: Split):
     if gone: raise FileNotFoundError(f"{say}: {len(gone)} of {len(s)} image files are missing in {s.folder}, "
                                      f"the first is {gone[0]}")
 
-# %% ../nbs/02_data.ipynb #19a7392b
+# %% ../nbs/02_data.ipynb #24aa477a
 def data_folder(data: str) -> Path:
     "The folder that `toy`, `coco` or a path stands for"
     if data == "toy": return toy_folder()
@@ -207,11 +207,13 @@ def data_folder(data: str) -> Path:
 
 def load_data(
     data: str,  # toy, coco ($RTDETR_KD_COCO, or coco/ in the cache), or a folder
+    subset: int = 0,  # so many of the training images, drawn once and for all; 0: all of them
 ) -> dict:  # train, select, val: each a Split
     "The three splits; `select` is carved from train where the folder has none. `FileNotFoundError`, `ValueError`"
     folder = data_folder(data)
     if not folder.is_dir():
-        raise FileNotFoundError(f"data='{data}': there is no folder {folder}; "
+        get = " (python -m rtdetr_kd.download coco makes it, or RTDETR_KD_COCO says where it is)" if data == "coco" else ""
+        raise FileNotFoundError(f"data='{data}': there is no folder {folder}{get}; "
                                 f"give 'toy', 'coco' or a folder with {LAYOUT}")
     files = {k: split_files(folder, k) for k in ("train", "select", "val")}
     lost = [k for k in ("train", "val") if not files[k]]
@@ -219,6 +221,7 @@ def load_data(
                                      f"expected {LAYOUT}")
     splits = {k: read_coco(*f, k) for k, f in files.items() if f}
     if "select" not in splits: splits["train"], splits["select"] = carve(splits["train"])
+    splits["train"] = draw_subset(splits["train"], subset)
     for k, s in splits.items(): check_split(data, k, s, splits["train"])
     return {k: splits[k] for k in ("train", "select", "val")}
 

@@ -89,7 +89,7 @@ def ground_truth(s: Split) -> dict:
     cats = [dict(id=i, name=n) for i, n in zip(s.category_ids, s.names)]
     return dict(info={}, images=images, annotations=anns, categories=cats)
 
-# %% ../nbs/11_evaluate.ipynb #af290b00
+# %% ../nbs/11_evaluate.ipynb #2b29f2d3
 @torch.no_grad()
 def predict(
     model: RTDETR,
@@ -97,6 +97,7 @@ def predict(
     batch: int = 16,
     limit: int = 300,  # detections an image, over all classes; RT-DETR's own number
     workers: int = 0,
+    classes: dict | None = None,  # the model's class number -> the split's, where they differ; others are left out
 ) -> list:  # COCO's result format: the file's own ids, xywh in pixels of the image
     "Detections in all images of a split"
     model.eval()
@@ -106,18 +107,20 @@ def predict(
         for t, s, c, b in zip(targets, *(v.cpu() for v in top_detections(o.logits, o.boxes, limit))):
             x1, y1, x2, y2 = to_pixels(b, width=t["size"][1], height=t["size"][0]).double().unbind(-1)
             boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (limit,4)
+            known = c.tolist() if classes is None else [classes.get(k) for k in c.tolist()]
             out += [dict(image_id=t["image_id"].item(), category_id=split.category_ids[k], bbox=xywh, score=score)
-                    for score, k, xywh in zip(s.tolist(), c.tolist(), boxes)]
+                    for score, k, xywh in zip(s.tolist(), known, boxes) if k is not None]
     return out
 
-# %% ../nbs/11_evaluate.ipynb #43d42518
+# %% ../nbs/11_evaluate.ipynb #ebbe3168
 def evaluate(
     model: RTDETR,
     split: Split,
     batch: int = 16,
     workers: int = 0,
-    max_dets: int = 100,  # the most detections of an image that are kept and counted
+    max_dets: int = 100,  # the most detections of an image and class that are counted
+    classes: dict | None = None,  # as in `predict`
 ) -> tuple:  # the twelve figures, predictions
     "AP of a model on a split"
-    found = predict(model, split, batch, max_dets, workers)
+    found = predict(model, split, batch, max(300, max_dets), workers, classes)
     return coco_ap(ground_truth(split), found, max_dets), found

@@ -66,11 +66,11 @@ def rows_of(
     index = rows.view(*rows.shape, *[1] * (x.dim() - 2))
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
-# %% ../nbs/15_queries.ipynb #d1ddd08f
+# %% ../nbs/15_queries.ipynb #c02ef021
 class QueryKD(Method):
     "Query-KD on shared queries, after KD-DETR's consistent distillation points (Wang et al., CVPR 2024)"
     needs = ("logits", "boxes", "queries", "reference", "index")
-    asks = True
+    asks, scores_optional = True, True
     def __init__(self,
         student: RTDETR,
         teacher: RTDETR,
@@ -92,7 +92,7 @@ class QueryKD(Method):
         terms = dict(kd_score=[], kd_box=[], kd_query=[], kd_attention=[])
         for (i, j), adapt in zip(self.pairs, self.adapters):
             tb = at(t.boxes[j])
-            terms["kd_score"].append(mean(quality_focal(s.logits[i], at(t.logits[j])).sum(-1)))
+            if self.compare_scores: terms["kd_score"].append(mean(quality_focal(s.logits[i], at(t.logits[j])).sum(-1)))
             terms["kd_box"].append(mean(box_distance(s.boxes[i], tb)))
             alike = F.cosine_similarity(adapt(s.queries[i]).float(), at(t.queries[j]).float(), dim=-1)
             terms["kd_query"].append(self.embedding * mean(1 - alike))

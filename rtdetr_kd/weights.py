@@ -6,7 +6,8 @@
 __all__ = ['COCO_NAMES', 'COCO_IDS', 'DERIVED', 'FROM_HF', 'TO_HF', 'OFFICIAL', 'OFFICIAL_AP', 'CLASS_TENSORS', 'halved',
            'save_model', 'read_tensors', 'read_file', 'read_pth', 'official_names', 'from_hf_name', 'from_hf',
            'to_hf_name', 'to_hf', 'count', 'infer_spec', 'official_file', 'hub_folder', 'read_folder', 'read_weights',
-           'hf_config', 'save_huggingface', 'load_state', 'load_model', 'init_from', 'fingerprint', 'ship']
+           'hf_config', 'save_huggingface', 'load_state', 'load_model', 'init_from', 'fingerprint', 'weights_mark',
+           'ship']
 
 # %% ../nbs/08_weights.ipynb #78ee6498
 import hashlib, json, os, re
@@ -321,10 +322,16 @@ def init_from(
     return (f"weights from {path}, but for the class heads and the denoising embedding, "
             f"which start anew for {len(model.spec.names)} classes")
 
-# %% ../nbs/08_weights.ipynb #fbb4f32c
+# %% ../nbs/08_weights.ipynb #d4dff484
 def fingerprint(path) -> str:
     "The first 12 digits of a file's SHA-256"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+def weights_mark(model: RTDETR) -> str:
+    "The first 12 digits of the SHA-256 of a model's weights, wherever they came from"
+    h = hashlib.sha256()
+    for k, v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:12]
 
 # %% ../nbs/08_weights.ipynb #3632b9bf
 def ship(
