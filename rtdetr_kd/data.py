@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'LAYOUT', 'Split', 'pack_split', 'number', 'clean_box', 'read_json', 'lookup', 'doubts', 'read_coco',
-           'split_files', 'part', 'carve', 'check_split', 'data_folder', 'load_data', 'summary', 'as_rgb', 'open_image',
-           'to_square', 'labels_of', 'augmentation', 'mix', 'Images', 'order', 'in_order', 'collate', 'loader']
+           'split_files', 'part', 'carve', 'check_split', 'draw_subset', 'data_folder', 'load_data', 'summary',
+           'as_rgb', 'open_image', 'to_square', 'labels_of', 'augmentation', 'mix', 'Images', 'order', 'in_order',
+           'collate', 'loader']
 
 # %% ../nbs/02_data.ipynb #d8c7988b
 import json, math, os
@@ -197,6 +198,16 @@ def check_split(data: str, k: str, s: Split, train: Split):
     gone = [f for f in s.files if not (s.folder / f).is_file()]
     if gone: raise FileNotFoundError(f"{say}: {len(gone)} of {len(s)} image files are missing in {s.folder}, "
                                      f"the first is {gone[0]}")
+
+# %% ../nbs/02_data.ipynb #76b7ef5e
+def draw_subset(
+    s: Split,
+    n: int,  # images; 0: all
+) -> Split:
+    "So many images, the same ones in every run; a smaller subset lies within a larger one"
+    if not n: return s
+    if n > len(s): raise ValueError(f"a subset of {n} images cannot be drawn from the {len(s)} of '{s.name}'")
+    return part(s, np.sort(np.random.default_rng(1).permutation(len(s))[:n]))
 
 # %% ../nbs/02_data.ipynb #24aa477a
 def data_folder(data: str) -> Path:

@@ -190,10 +190,14 @@ def infer_spec(
                 d_encoder=d_enc if d_enc != d else 0, d_ff_encoder=ff("encoder.encoder.0") if ff("encoder.encoder.0") != ff("decoder.decoder") else 0,
                 answer=2 if (depth, expansion, layers) == (50, .5, 6) else -1, category_ids=COCO_IDS if c == 80 and names == COCO_NAMES else [])
 
-# %% ../nbs/08_weights.ipynb #875e98f4
+# %% ../nbs/08_weights.ipynb #a30fb8ef
 OFFICIAL = {s: f"https://github.com/lyuwenyu/storage/releases/download/v0.1/rtdetr_{f}_6x_coco_from_paddle.pth" for s, f in dict(
     r18="r18vd_dec3", r34="r34vd_dec4", r50m="r50vd_m", r50="r50vd", r101="r101vd").items()}
-OFFICIAL_AP = dict(r18=.464, r34=.489, r50m=.513, r50=.531, r101=.543)  # COCO val2017, 640 px
+OFFICIAL |= {s: f"https://github.com/lyuwenyu/storage/releases/download/{f}.pth" for s, f in {
+    "v2-r18": "v0.2/rtdetrv2_r18vd_120e_coco_rerun_48.1", "v2-r34": "v0.1/rtdetrv2_r34vd_120e_coco_ema", "v2-r50m": "v0.1/rtdetrv2_r50vd_m_7x_coco_ema",
+    "v2-r50": "v0.1/rtdetrv2_r50vd_6x_coco_ema", "v2-r101": "v0.1/rtdetrv2_r101vd_6x_coco_from_paddle"}.items()}
+OFFICIAL_AP = {"r18": .464, "r34": .489, "r50m": .513, "r50": .531, "r101": .543,  # COCO val2017, 640 px
+               "v2-r18": .481, "v2-r34": .499, "v2-r50m": .519, "v2-r50": .534, "v2-r101": .543}
 
 def official_file(name: str) -> Path:
     "The official checkpoint `official:<size>`, downloaded on first use"

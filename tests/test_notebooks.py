@@ -31,7 +31,7 @@ def test_parameters(name): check_parameters(ROOT / "nbs" / name)
 def test_every_setting_is_a_parameter():
     import papermill
     from dataclasses import fields
-    from rtdetr_kd.learner import Config
+    from rtdetr_kd.config import Config
     assert set(papermill.inspect_notebook(str(ROOT / "nbs/train.ipynb"))) == {f.name for f in fields(Config)}
 
 

@@ -7,20 +7,21 @@ import torch
 
 from rtdetr_kd.losses import detection_losses
 from rtdetr_kd.matching import match
-from rtdetr_kd.model import RTDETR, SIZES, Spec
+from rtdetr_kd.weights import load_model
 from conftest import shared
 
-FILES = dict(r18="rtdetr_r18vd_6x_coco", r34="rtdetr_r34vd_6x_coco", r50="rtdetr_r50vd_6x_coco")
+FILES = dict(r18="rtdetr_r18vd_6x_coco", r34="rtdetr_r34vd_6x_coco", r50="rtdetr_r50vd_6x_coco", v2_r18="rtdetrv2_r18vd_120e_coco")
 
 
 @pytest.mark.parametrize("size", FILES)
-def test_equals_the_reference(size):
+def test_equals_the_reference(size, tmp_path):
     path = shared("oracle", "seeded_weights.py")
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("seeded_weights", path))
     spec.loader.exec_module(module)
     keys, golden = json.loads(shared("oracle", f"{FILES[size]}_keys.json").read_text()), np.load(shared("oracle", f"{FILES[size]}.npz"))
-    model = RTDETR(Spec([str(k) for k in range(80)], **SIZES[size])).eval()
-    model.load_state_dict({k: torch.from_numpy(np.asarray(module.seeded_tensor(k, tuple(s)))) for k, s in keys.items()})
+    state = {k: torch.from_numpy(np.asarray(module.seeded_tensor(k, tuple(s)))) for k, s in keys.items()}
+    torch.save({"ema": {"module": state, "updates": 1}, "last_epoch": 71}, tmp_path / "official.pth")
+    model = load_model(tmp_path / "official.pth")
     with torch.no_grad(): out = model(torch.from_numpy(module.seeded_image()), capture=True)
     for level, m in enumerate(out.signals.memory):
         g = golden[f"encoder_{level}_mean"]

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtdetr_kd.learner import Learner, configure, train
+from rtdetr_kd.config import configure
+from rtdetr_kd.learner import Learner, train
 
 
 def config(tiny, tmp_path, **kw):
