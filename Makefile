@@ -3,12 +3,13 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: train test teacher clean help
+.PHONY: train test teacher results clean help
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
+	@echo "make results  run none, logit and query on toy; write the README's table and pictures"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
@@ -26,6 +27,11 @@ test: $(VENV)/.ready
 teacher: $(VENV)/.ready
 	$(BIN)/papermill nbs/train.ipynb -p size toy_teacher -p epochs 20 -p precision bfloat16 -p zoom_out 0.2 -p iou_crop 0.3 -p name toy_teacher
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy_teacher", "weights/toy_teacher.safetensors")'
+
+results: $(VENV)/.ready
+	for m in none logit query; do $(BIN)/papermill nbs/train.ipynb -p method $$m || exit 1; done
+	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query", "weights/toy_student.safetensors")'
+	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy_teacher runs/toy-none runs/toy-logit runs/toy-query
 
 clean:
 	rm -rf $(VENV) build *.egg-info _proc _site

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'foreground', 'questions', 'same_cell', 'layer_pairs', 'Method', 'check_signals', 'same_names',
-           'check_classes', 'only', 'gate']
+           'check_classes', 'only', 'measure', 'gate']
 
-# %% ../nbs/12_distill.ipynb #01e0f272
+# %% ../nbs/12_distill.ipynb #a85f6737
+import hashlib, json, os
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import Split, part
+from .data import Split
+from .data import part as part_of
 from .evaluate import evaluate
 from .model import RTDETR, Output
+from .toy import cache_dir
+from .weights import weights_mark
 
 # %% ../nbs/12_distill.ipynb #aed2db2d
 class Teacher:
@@ -155,7 +159,26 @@ def only(
     cut = lambda s: None if s is None else replace(s, logits=s.logits[..., columns])
     return replace(out, logits=out.logits[..., columns], signals=cut(out.signals), shared=cut(out.shared))
 
-# %% ../nbs/12_distill.ipynb #c3e83986
+# %% ../nbs/12_distill.ipynb #e47ccafb
+def measure(
+    teacher: Teacher,
+    split: Split,
+) -> float | None:  # AP, None without a class in common
+    "AP of a teacher on a split, by class names; kept in the cache by the fingerprints of weights and data"
+    theirs, ours = same_names(teacher.model.spec.names, split.names)
+    if not ours: return None
+    h = hashlib.sha256(f"{weights_mark(teacher.model)} {teacher.model.spec} {split.names} {split.files} {split.ids.tolist()}".encode())
+    for v in (split.boxes, split.labels, split.crowd): h.update(v.tobytes())
+    kept = cache_dir() / "gate" / f"{h.hexdigest()[:24]}.json"
+    if kept.is_file(): return json.loads(kept.read_text())["AP"]
+    ap = evaluate(teacher.model, split, classes=dict(zip(theirs, ours)))[0]["AP"]
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(dict(AP=ap)))
+    os.replace(part, kept)
+    return ap
+
+# %% ../nbs/12_distill.ipynb #0c48f43f
 def gate(
     teacher: Teacher,
     split: Split,  # select
@@ -163,14 +186,11 @@ def gate(
     most: int = 300,  # images
 ) -> float | None:  # AP, None without a class in common; raises ValueError below the floor
     "Measure the teacher before hours are spent on it"
-    split = part(split, np.arange(min(most, len(split))))
-    theirs, ours = same_names(teacher.model.spec.names, split.names)
-    if not ours:
-        if floor: raise ValueError(f"teacher_min_ap={floor}: the teacher knows none of the data's classes by name, so its AP cannot be measured; give teacher_min_ap=0")
-        return None
-    classes = dict(zip(theirs, ours))
-    ap = evaluate(teacher.model, split, classes=classes)[0]["AP"]
-    if ap < floor:
+    split = part_of(split, np.arange(min(most, len(split))))
+    ap = measure(teacher, split)
+    if ap is None and floor:
+        raise ValueError(f"teacher_min_ap={floor}: the teacher knows none of the data's classes by name, so its AP cannot be measured; give teacher_min_ap=0")
+    if ap is not None and ap < floor:
         raise ValueError(f"the teacher reaches AP {ap:.3f} on {len(split)} images of '{split.name}', below "
                          f"teacher_min_ap={floor}: likely causes are another class order, another image size or "
                          "another normalisation than it was trained with; check those, or lower teacher_min_ap")

@@ -252,14 +252,14 @@ def save(self: Learner):
     if now.exists(): os.replace(now, old)
     os.replace(part, now)
 
-# %% ../nbs/18_learner.ipynb #7b61990e
+# %% ../nbs/18_learner.ipynb #6dbf6f7b
 @patch
 def restore(self: Learner) -> bool:
     "Go on from the newest readable state; False if there is none at all"
     paths = [p for p in (self.folder / "last/state.pt", self.folder / "last/previous.pt") if p.exists()]
     for p in paths:
         try: s = torch.load(p, map_location=self.device, weights_only=True)
-        except Exception as e: print(f"{p} cannot be read ({type(e).__name__}); trying the one before", flush=True); continue
+        except Exception as e: print(f"{self.folder.name}/last/{p.name} cannot be read ({type(e).__name__}); trying the one before", flush=True); continue
         self.trained.load_state_dict(s["trained"]); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
         self.opt.load_state_dict(s["opt"]); self.scaler.load_state_dict(s["scaler"])
         self.epoch, self.step, self.best, self.seconds, self.log = s["epoch"], s["step"], s["best"], s["seconds"], s["log"]

@@ -47,14 +47,14 @@ class Spec:
     image_size: int = 640  # side of the square that images are resized to
     category_ids: list = field(default_factory=list)  # of the data set the classes came from
 
-# %% ../nbs/07_model.ipynb #7f1e7eb6
+# %% ../nbs/07_model.ipynb #f59075eb
 SIZES = dict(
     toy=dict(backbone="resnet10vd", width=16, d=64, d_ff=128, heads=4, expansion=.5, depth=.34,
              queries=30, layers=3, denoising=20, image_size=128),
     toy_teacher=dict(backbone="resnet18vd", width=32, d=128, d_ff=512, expansion=.5, depth=.67,
                      queries=30, layers=3, denoising=20, image_size=128),
-    small=dict(backbone="resnet18vd", width=32, d=128, d_ff=512, expansion=.5, depth=.34,
-               queries=100, layers=3, denoising=60, image_size=320),
+    small=dict(backbone="resnet18vd", width=32, d=128, d_ff=256, expansion=.5, depth=.34,
+               queries=100, layers=3, denoising=40, image_size=256),
     lite=dict(backbone="resnet18vd", levels=2, queries=100, layers=3, expansion=.5, image_size=512),
     r18=dict(backbone="resnet18vd", expansion=.5, layers=3),
     r34=dict(backbone="resnet34vd", expansion=.5, layers=4),

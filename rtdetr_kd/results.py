@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'pm', 'method_table', 'markdown', 'fill', 'toy_block',
-           'bccd_block', 'update_readme']
+           'bccd_block', 'update_readme', 'draw_readme']
 
-# %% ../nbs/20_results.ipynb #599b4254
+# %% ../nbs/20_results.ipynb #0f04a3e3
 import argparse, json, re, shutil, sys
 from pathlib import Path
 
 import pandas as pd
 
 from .config import root
+from .data import load_data
+from .learner import beside_truth
+from .weights import load_model
 
 # %% ../nbs/20_results.ipynb #0917aafe
 def read_runs(
@@ -104,12 +107,22 @@ def update_readme(check: bool = False):
     if check and new != text: raise SystemExit("README.md differs from the result files in runs/published: run python -m rtdetr_kd.results")
     if not check: path.write_text(new, encoding="utf-8")
 
-# %% ../nbs/20_results.ipynb #7e36a558
+# %% ../nbs/20_results.ipynb #9df7fe3e
+def draw_readme():
+    "figures/detections.png and figures/scene.jpg"
+    model, val = load_model(root() / "weights/toy_student.safetensors"), load_data("toy")["val"]
+    (root() / "figures").mkdir(exist_ok=True)
+    beside_truth(model, val, range(5)).savefig(root() / "figures/detections.png", dpi=110, bbox_inches="tight")
+    shutil.copy(val.folder / val.files[1], root() / "figures/scene.jpg")
+
+# %% ../nbs/20_results.ipynb #a6336dcb
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Fill the README from runs/published")
     p.add_argument("--check", action="store_true", help="only compare")
     p.add_argument("--publish", nargs="*", default=[], metavar="RUN", help="copy these runs' result files to runs/published first")
+    p.add_argument("--figures", action="store_true", help="draw the README's pictures again")
     a = p.parse_args() if "ipykernel" not in sys.modules else None
     if a:
         for run in a.publish: print("published", publish(run))
+        if a.figures: draw_readme()
         update_readme(a.check)
