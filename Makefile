@@ -25,7 +25,7 @@ test: $(VENV)/.ready
 	bash tests/all.sh $(BIN)
 
 teacher: $(VENV)/.ready
-	$(BIN)/papermill nbs/train.ipynb -p size toy_teacher -p epochs 20 -p precision bfloat16 -p zoom_out 0.2 -p iou_crop 0.3 -p name toy_teacher
+	$(BIN)/papermill nbs/train.ipynb -p size toy_teacher -p epochs 20 -p lr 1e-3 -p precision bfloat16 -p zoom_out 0.2 -p iou_crop 0.3 -p name toy_teacher
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy_teacher", "weights/toy_teacher.safetensors")'
 
 results: $(VENV)/.ready

@@ -311,7 +311,7 @@ def fit(self: Learner) -> dict:  # the content of metrics.json
         self.save()
     return self.finish()
 
-# %% ../nbs/18_learner.ipynb #a1312344
+# %% ../nbs/18_learner.ipynb #9d4a16de
 @patch
 def finish(self: Learner) -> dict:
     "The one look at val"
@@ -320,7 +320,7 @@ def finish(self: Learner) -> dict:
     write_json(self.folder / "predictions.json", [f | dict(bbox=[round(x, 2) for x in f["bbox"]], score=round(f["score"], 5)) for f in found], indent=None)
     metrics = figures | dict(select_AP=self.best["AP"], best_epoch=self.best["epoch"], epochs=self.epoch, steps=self.step, train_seconds=round(self.seconds, 1),
                              parameters=sum(p.numel() for p in best.parameters()), method=self.c.method, seed=self.c.seed, teacher=getattr(self, "teacher_about", None),
-                             machine=dict(device=str(self.device), cpus=os.cpu_count(), torch=torch.__version__, python=platform.python_version()))
+                             machine=dict(device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()))
     write_json(self.folder / "metrics.json", metrics)
     print(f"val: AP {figures['AP']:.3f}  AP50 {figures['AP50']:.3f}  AP75 {figures['AP75']:.3f}  -> {self.folder.name}/metrics.json", flush=True)
     return metrics

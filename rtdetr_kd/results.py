@@ -32,7 +32,7 @@ def published() -> pd.DataFrame:
     "The runs whose result files are in git"
     return read_runs(root() / "runs" / "published")
 
-# %% ../nbs/20_results.ipynb #f3ac14a2
+# %% ../nbs/20_results.ipynb #d2c12d25
 def publish(
     run: Path,  # folder of a finished run
 ) -> Path:  # where its result files went
@@ -41,7 +41,10 @@ def publish(
     if not (run / "metrics.json").exists(): raise FileNotFoundError(f"{run} has no metrics.json, so the run has not ended: start it again, it will go on")
     to = root() / "runs" / "published" / run.name
     to.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "log.jsonl", "metrics.json"): shutil.copy(run / name, to / name)
+    for name in ("log.jsonl", "metrics.json"): shutil.copy(run / name, to / name)
+    config = json.loads((run / "config.json").read_text())
+    config |= {k: Path(config[k]).name for k in ("data", "teacher", "init")} | dict(runs="")  # names, not the paths of one machine
+    (to / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     return to
 
 # %% ../nbs/20_results.ipynb #4d5c8686
@@ -79,14 +82,14 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + m[2], text, flags=re.S)
 
-# %% ../nbs/20_results.ipynb #81851d5b
+# %% ../nbs/20_results.ipynb #6754448d
 def toy_block(runs: pd.DataFrame) -> str:
     "The README's paragraph on the embedded data"
     toy, teacher = runs[(runs.data == "toy") & (runs["size"] == "toy")], runs[runs.run == "toy_teacher"].iloc[0]
     r = toy.iloc[0]
     about = f"Student: {r.parameters / 1e6:.2f} M parameters, {int(r.epochs)} epochs of {int(r.steps * r.batch / r.epochs)} scenes at {int(r.image_size)} px. "
     about += f"Teacher: {teacher.parameters / 1e6:.2f} M parameters, AP {teacher.AP:.3f} on val ({int(teacher.epochs)} epochs). "
-    about += f"Measured with torch {r.machine['torch']} on {r.machine['cpus']} CPU cores."
+    about += f"Measured with torch {r.machine['torch']} on {r.machine['threads']} CPU thread(s)."
     note = "" if (toy.groupby("method").size() > 1).all() else " A method with one seed is a demonstration, not a finding."
     return f"{about}{note}\n\n{markdown(method_table(toy))}"
 
@@ -94,7 +97,7 @@ def bccd_block(runs: pd.DataFrame) -> str:
     "The README's sentence on the real data set"
     r = runs[runs.run == "bccd"].iloc[0]
     return (f"BCCD (205 training images of blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
-            f"{r.train_seconds / 60:.0f} minutes on {r.machine['cpus']} CPU cores: AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
+            f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
 
 # %% ../nbs/20_results.ipynb #be165002
 BLOCKS = dict(toy=toy_block, bccd=bccd_block)

@@ -33,7 +33,7 @@ def test_the_main_job(tmp_path, tiny):
     assert r.returncode == 0, r.stderr[-2000:]
     run = tmp_path / "main"
     metrics, log = json.loads((run / "metrics.json").read_text()), [json.loads(l) for l in (run / "log.jsonl").read_text().splitlines()]
-    assert metrics["method"] == "query" and metrics["teacher"]["file"] == "toy_teacher.safetensors" and len(log) == 2
+    assert metrics["method"] == "query" and metrics["teacher"]["source"] == "toy_teacher.safetensors" and len(log) == 2
     assert all(log[0][k] > 0 for k in ("kd_score", "kd_box", "kd_query", "kd_attention"))
     assert json.loads((run / "predictions.json").read_text()) and (run / "last/state.pt").exists()
     assert "ETA" in r.stdout + r.stderr and "select: AP" in r.stdout + r.stderr

@@ -60,7 +60,7 @@ def test_a_broken_checkpoint_falls_back_and_never_restarts(tiny, tmp_path, capsy
 
 def test_another_experiment_is_refused(tiny, tmp_path):
     train(config(tiny, tmp_path, epochs=1))
-    with pytest.raises(ValueError, match="lr=0.0005 .now 0.001"): train(config(tiny, tmp_path, epochs=1, lr=1e-3))
+    with pytest.raises(ValueError, match="lr=0.001 .now 0.0005"): train(config(tiny, tmp_path, epochs=1, lr=5e-4))
 
 
 def test_a_nan_stops_and_leaves_a_state(tiny, tmp_path):
