@@ -342,4 +342,5 @@ d = { 'settings': { 'branch': 'main',
                                    'rtdetr_kd.weights.ship': ('weights.html#ship', 'rtdetr_kd/weights.py'),
                                    'rtdetr_kd.weights.to_hf': ('weights.html#to_hf', 'rtdetr_kd/weights.py'),
                                    'rtdetr_kd.weights.to_hf_name': ('weights.html#to_hf_name', 'rtdetr_kd/weights.py'),
-                                   'rtdetr_kd.weights.weights_mark': ('weights.html#weights_mark', 'rtdetr_kd/weights.py')}}}
+                                   'rtdetr_kd.weights.weights_mark': ('weights.html#weights_mark', 'rtdetr_kd/weights.py'),
+                                   'rtdetr_kd.weights.with_counters': ('weights.html#with_counters', 'rtdetr_kd/weights.py')}}}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COCO_NAMES', 'COCO_IDS', 'DERIVED', 'FROM_HF', 'TO_HF', 'OFFICIAL', 'OFFICIAL_AP', 'CLASS_TENSORS', 'halved',
-           'save_model', 'read_tensors', 'read_file', 'read_pth', 'official_names', 'from_hf_name', 'from_hf',
-           'to_hf_name', 'to_hf', 'count', 'infer_spec', 'official_file', 'hub_folder', 'read_folder', 'read_weights',
-           'hf_config', 'save_huggingface', 'load_state', 'load_model', 'init_from', 'fingerprint', 'weights_mark',
-           'ship']
+           'save_model', 'read_tensors', 'read_file', 'read_pth', 'official_names', 'with_counters', 'from_hf_name',
+           'from_hf', 'to_hf_name', 'to_hf', 'count', 'infer_spec', 'official_file', 'hub_folder', 'read_folder',
+           'read_weights', 'hf_config', 'save_huggingface', 'load_state', 'load_model', 'init_from', 'fingerprint',
+           'weights_mark', 'ship']
 
 # %% ../nbs/08_weights.ipynb #78ee6498
 import hashlib, json, os, re
@@ -94,7 +94,7 @@ def read_pth(path) -> dict:  # our names -> tensors
         if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()): return official_names(state)
     raise ValueError(f"{path} holds no weights: expected tensors under 'ema.module', 'model' or at the top")
 
-# %% ../nbs/08_weights.ipynb #ff79a35a
+# %% ../nbs/08_weights.ipynb #4609a302
 DERIVED = ("anchors", "valid_mask", "num_points_scale", "n_points_scale")
 
 def official_names(state: dict) -> dict:
@@ -103,9 +103,14 @@ def official_names(state: dict) -> dict:
     for k, v in state.items():
         k = k.removeprefix("module.")
         if not k.endswith(DERIVED): out[k.replace("enc_output.proj.", "enc_output.0.").replace("enc_output.norm.", "enc_output.1.")] = v
-    return out
+    return with_counters(out)
 
-# %% ../nbs/08_weights.ipynb #c4e9b01b
+def with_counters(state: dict) -> dict:
+    "Batch norms that were frozen (the backbone of R50, R101 and of Hugging Face's files) have no counter of batches: it starts at 0"
+    counters = [k.replace("running_mean", "num_batches_tracked") for k in state if k.endswith("running_mean")]
+    return {k: torch.zeros((), dtype=torch.long) for k in counters} | state
+
+# %% ../nbs/08_weights.ipynb #76a9f95f
 FROM_HF = [(re.compile(a), b) for a, b in [
     (r"^model\.", ""), (r"\.convolution\.", ".conv."), (r"\.normalization\.", ".norm."),
     (r"^backbone\.model\.encoder\.stages\.(\d+)\.layers\.(\d+)\.", r"backbone.res_layers.\1.blocks.\2."),
@@ -130,8 +135,7 @@ def from_hf(state: dict) -> dict:
     for k in [k for k in out if ".self_attn.q_proj." in k]:
         parts = [out.pop(k.replace(".q_proj.", f".{p}_proj.")) for p in "qkv"]
         out[k.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
-    counters = [k.replace("running_mean", "num_batches_tracked") for k in out if k.endswith("running_mean")]
-    return {k: torch.zeros((), dtype=torch.long) for k in counters} | out  # frozen norms count nothing
+    return with_counters(out)
 
 # %% ../nbs/08_weights.ipynb #5c5d9686
 TO_HF = [(re.compile(a), b) for a, b in [
