@@ -16,7 +16,7 @@ from .kd_schedules import METHODS
 from .model import SIZES
 from .weights import OFFICIAL
 
-# %% ../nbs/17_config.ipynb #05312bf7
+# %% ../nbs/17_config.ipynb #b9d63465
 @dataclass
 class Config:
     "Everything that a run depends on; the one place of defaults"
@@ -27,6 +27,7 @@ class Config:
     teacher: str = ""  # weights file, official:r50, Hugging Face folder or org/name; empty: the shipped one, for toy
     teacher_min_ap: float = -1.  # a teacher below this AP on select stops the run; -1: 0.9 of the official AP for official weights, else 0
     teacher_classes: str = "same"  # by_name: compare scores of the classes that teacher and data both name
+    pretrained: bool = False  # ImageNet weights for the backbone, through timm
     init: str = ""  # weights file to start from; empty: from scratch
     seed: int = 0
     epochs: int = 72
@@ -58,7 +59,7 @@ class Config:
     runs: str = ""  # where run folders lie; empty: the project's runs/
     resume: bool = True  # go on where an interrupted run of this name stopped
 
-# %% ../nbs/17_config.ipynb #7b245693
+# %% ../nbs/17_config.ipynb #e89b86b9
 FREE = ("name", "runs", "resume", "workers", "device")  # settings that do not make another experiment
 
 PRESETS = dict(
@@ -68,7 +69,7 @@ PRESETS = dict(
     folder=dict(size="small", epochs=60, image_size=256, lr=1e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998, batch=8, queries=100, eval_every=5),
 )
 OWN_RECIPE = dict(lr=1e-4, clip=.1)  # RT-DETR's, for the sizes that are RT-DETR's
-FINE_TUNING = dict(lr=1e-4, backbone_lr=.1, clip=.1)  # when the weights come from `init`
+FINE_TUNING = dict(lr=1e-4, backbone_lr=.1, clip=.1)  # when the backbone has learned before
 
 # %% ../nbs/17_config.ipynb #adfca510
 def coerce(name: str, value, kind: type):
@@ -117,7 +118,7 @@ def check(c: Config):
     for k in ("teacher", "init"): check_weights(k, getattr(c, k))
     if c.method != "none" and not c.teacher and c.data != "toy": raise ValueError(f"method={c.method!r} on data={c.data!r} needs a teacher: give teacher=<weights file>, or method='none'")
 
-# %% ../nbs/17_config.ipynb #702dd25b
+# %% ../nbs/17_config.ipynb #37782a3e
 def configure(**given) -> Config:
     "A `Config`: what is given wins over the size, the size over the data's preset, that over the defaults; None counts as not given"
     known = {f.name: f.type for f in fields(Config)}
@@ -132,7 +133,7 @@ def configure(**given) -> Config:
     of_size = {k: v for k, v in SIZES.get(size, {}).items() if k in known and ("size" in given or k not in preset)}
     if size in ("r50m", "r50", "r101"): of_size["freeze_norm"] = True
     if size not in ("toy", "toy_teacher", "small"): of_size |= OWN_RECIPE
-    if given.get("init"): of_size |= FINE_TUNING
+    if given.get("init") or given.get("pretrained"): of_size |= FINE_TUNING
     c = Config(**{**preset, **of_size, **given})
     check(c)
     extras = "".join(f"-{k}={Path(str(v)).stem if k in ('teacher', 'init') else v}" for k, v in sorted(given.items()) if k not in ("data", "method", "size", *FREE) and v != preset.get(k, getattr(Config, k)))

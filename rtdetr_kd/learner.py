@@ -28,13 +28,13 @@ from .losses import detection_losses
 from .model import RTDETR, SIZES, Spec
 from .weights import OFFICIAL_AP, init_from, load_model, save_model, weights_mark
 
-# %% ../nbs/18_learner.ipynb #e1433ab1
+# %% ../nbs/18_learner.ipynb #24d1082d
 def build_model(c: Config, names: list, category_ids: list) -> RTDETR:
-    "The student, from scratch or from `init`"
+    "The student: from scratch, on an ImageNet backbone, or from `init`"
     spec = dict(SIZES[c.size]) if c.size in SIZES else dict(backbone=c.size, expansion=.5, layers=3)
     spec |= dict(image_size=c.image_size, queries=c.queries, attention=c.attention)
     torch.manual_seed(c.seed)
-    model = RTDETR(Spec(names, category_ids=category_ids, **spec))
+    model = RTDETR(Spec(names, category_ids=category_ids, **spec), c.pretrained)
     if c.init: print(init_from(model, c.init), flush=True)
     return model
 
@@ -207,7 +207,7 @@ def clock(seconds: float) -> str:
     m, s = divmod(int(seconds), 60)
     return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
 
-# %% ../nbs/18_learner.ipynb #1020c7a8
+# %% ../nbs/18_learner.ipynb #09909cd5
 @patch
 def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the log
     "Train over the data once; a line of progress every `every` seconds"
@@ -215,14 +215,21 @@ def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the 
     for images, targets in loader(self.images, order(len(self.images), self.c.batch, self.c.seed, self.epoch), self.workers()):
         for k, v in self.one_step(images, targets).items(): sums[k] += v
         n += 1
-        if time.time() - said > every or n == self.steps:
+        over = n == self.steps or self.late(start)
+        if over or time.time() - said > every:
             said, rate = time.time(), n * self.c.batch / (time.time() - start)
             mean = grouped({k: v / n for k, v in sums.items()})
-            left = (self.total - self.step) * self.c.batch / rate
-            print(f"epoch {self.epoch + 1}/{self.c.epochs} step {self.step}/{self.total}  loss {sum(mean.values()):.2f} ("
-                  + " ".join(f"{k} {v:.2f}" for k, v in mean.items()) + f")  lr {self.opt.param_groups[0]['lr']:.1e}  {rate:.0f} images/s  ETA {clock(left)}", flush=True)
-        if self.late(start): break
+            print(self.progress(mean, rate), flush=True)
+        if over: break
     return dict(loss=sum(mean.values()), **mean, lr=self.opt.param_groups[0]["lr"], images_per_s=rate)
+
+@patch
+def progress(self: Learner, mean: dict, rate: float) -> str:
+    "Where the run is, how it goes, how long it will take"
+    left = clock((self.total - self.step) * self.c.batch / rate)
+    terms = " ".join(f"{k} {v:.2f}" for k, v in mean.items())
+    return (f"epoch {self.epoch + 1}/{self.c.epochs} step {self.step}/{self.total}  loss {sum(mean.values()):.2f} ({terms})  "
+            f"lr {self.opt.param_groups[0]['lr']:.1e}  {rate:.0f} images/s  ETA {left}")
 
 @patch
 def late(self: Learner, since: float) -> bool:
@@ -235,7 +242,7 @@ def workers(self: Learner) -> int:
     if self.c.workers >= 0: return self.c.workers
     return 0 if self.c.image_size <= 160 else min(4, max(1, (os.cpu_count() or 1) - 1))
 
-# %% ../nbs/18_learner.ipynb #cb795ba0
+# %% ../nbs/18_learner.ipynb #faf77bfa
 @patch
 def state(self: Learner) -> dict:
     "Everything that shapes the future of the run"
@@ -248,7 +255,12 @@ def save(self: Learner):
     last = self.folder / "last"
     last.mkdir(parents=True, exist_ok=True)
     part, now, old = last / "state.part", last / "state.pt", last / "previous.pt"
-    with open(part, "wb") as f: torch.save(self.state(), f); f.flush(); os.fsync(f.fileno())
+    try:
+        with open(part, "wb") as f: torch.save(self.state(), f); f.flush(); os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise OSError(f"the state of {self.folder.name} could not be written ({str(e).splitlines()[0][:120]}): is the disk full? "
+                      "Make room and start the same command again; it goes on from the state before, which is whole") from None
     if now.exists(): os.replace(now, old)
     os.replace(part, now)
 
