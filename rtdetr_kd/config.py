@@ -92,9 +92,9 @@ def one_of(name: str, value: str, choices):
     near = difflib.get_close_matches(value, list(choices), 1)
     raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
-# %% ../nbs/17_config.ipynb #2dbc986d
+# %% ../nbs/17_config.ipynb #46505c91
 RANGES = dict(epochs=(1, 10**6), batch=(1, 10**5), image_size=(32, 4096), queries=(1, 3840), lr=(1e-9, 10), backbone_lr=(0, 100), warmup=(0, 10**7), flat=(0, 1), clip=(0, 1e6),
-              ema=(0, .999999), lam=(0, 1e6), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), eval_every=(1, 10**6),
+              ema=(0, .999999), lam=(0, 1e6), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
               max_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
 
 def check_weights(name: str, source: str):
@@ -110,9 +110,11 @@ def check(c: Config):
     if c.size not in SIZES:
         import timm
         if not timm.is_model(c.size): one_of("size", c.size, [*SIZES, "or any name that timm.list_models() knows"])
+    if c.name and (not re.fullmatch(r"[\w=+-][\w=.+ -]{0,149}", c.name) or c.name in ("published",)):
+        raise ValueError(f"name={c.name!r}: a run's name is one folder's name of letters, digits and = . + - _ (not 'published'); runs=<folder> says where it lies")
     for k, (lo, hi) in RANGES.items():
         if not lo <= getattr(c, k) <= hi: raise ValueError(f"{k}={getattr(c, k)}: must lie between {lo} and {hi}")
-    if c.data not in ("toy", "coco") and not Path(c.data).expanduser().is_dir():
+    if c.data not in ("toy", "coco") and not (c.data.strip() and Path(c.data).expanduser().is_dir()):
         raise ValueError(f"data={c.data!r}: there is no such folder; give 'toy', 'coco' or a folder in COCO's format")
     one_of("teacher_classes", c.teacher_classes, ("same", "by_name"))
     for k in ("teacher", "init"): check_weights(k, getattr(c, k))
@@ -139,16 +141,16 @@ def configure(**given) -> Config:
     extras = "".join(f"-{k}={Path(str(v)).stem if k in ('teacher', 'init') else v}" for k, v in sorted(given.items()) if k not in ("data", "method", "size", *FREE) and v != preset.get(k, getattr(Config, k)))
     return replace(c, name=c.name or re.sub(r"[^\w=.+-]", "_", f"{Path(c.data).resolve().name}{'' if c.size == preset['size'] else '-' + c.size}-{c.method}{extras}"))
 
-# %% ../nbs/17_config.ipynb #928d73a9
-class Stop(Exception):
+# %% ../nbs/17_config.ipynb #4d21a9b1
+class Stop(ValueError):
     "A fault of the input: shown as one sentence, without a traceback"
     def _render_traceback_(self): return [f"Stopped: {self}"]
 
 @contextmanager
-def plainly():
-    "Faults of the input as one sentence"
+def plainly(kinds: tuple = (ValueError, TypeError, FileNotFoundError)):
+    "Faults of these kinds as one sentence"
     try: yield
-    except (ValueError, TypeError, FileNotFoundError) as e: raise Stop(str(e)) from None
+    except kinds as e: raise Stop(str(e)) from None
 
 def chosen(names: dict, before) -> dict:
     "The parameters among a notebook's global names: those that were not there before"

@@ -76,20 +76,21 @@ def coco_ap(
     e.evaluate(); e.accumulate(); e.summarize()
     return {k: None if v < 0 else float(v) for k, v in zip(FIGURES, e.stats[:12])}
 
-# %% ../nbs/11_evaluate.ipynb #dfc420fa
+# %% ../nbs/11_evaluate.ipynb #fd0cf76f
 def ground_truth(s: Split) -> dict:
     "A split as COCO's format again, with the file's own ids"
     x1, y1, x2, y2 = s.boxes.T.astype(float)
+    ids = s.ids.tolist()
     rows = [k for k in range(len(s)) for _ in range(s.start[k], s.start[k + 1])]  # image of each box
-    anns = [dict(id=j + 1, image_id=s.ids[k].item(), category_id=s.category_ids[s.labels[j]],
+    anns = [dict(id=j + 1, image_id=ids[k], category_id=s.category_ids[s.labels[j]],
                  iscrowd=int(s.crowd[j]), area=float(s.area[j]), bbox=[x1[j], y1[j], x2[j] - x1[j], y2[j] - y1[j]])
             for j, k in enumerate(rows)]
-    images = [dict(id=i.item(), file_name=f, height=int(h), width=int(w))
-              for i, f, (h, w) in zip(s.ids, s.files, s.sizes)]
+    images = [dict(id=i, file_name=f, height=int(h), width=int(w))
+              for i, f, (h, w) in zip(ids, s.files, s.sizes)]
     cats = [dict(id=i, name=n) for i, n in zip(s.category_ids, s.names)]
     return dict(info={}, images=images, annotations=anns, categories=cats)
 
-# %% ../nbs/11_evaluate.ipynb #2b29f2d3
+# %% ../nbs/11_evaluate.ipynb #0da66778
 @torch.no_grad()
 def predict(
     model: RTDETR,
@@ -101,14 +102,14 @@ def predict(
 ) -> list:  # COCO's result format: the file's own ids, xywh in pixels of the image
     "Detections in all images of a split"
     model.eval()
-    dev, out = next(model.parameters()).device, []
+    dev, out, ids = next(model.parameters()).device, [], split.ids.tolist()
     for images, targets in loader(Images(split, model.spec.image_size), in_order(len(split), batch), workers):
         o = model(images.to(dev).float() / 255)
         for t, s, c, b in zip(targets, *(v.cpu() for v in top_detections(o.logits, o.boxes, limit))):
             x1, y1, x2, y2 = to_pixels(b, width=t["size"][1], height=t["size"][0]).double().unbind(-1)
             boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (limit,4)
             known = c.tolist() if classes is None else [classes.get(k) for k in c.tolist()]
-            out += [dict(image_id=t["image_id"].item(), category_id=split.category_ids[k], bbox=xywh, score=score)
+            out += [dict(image_id=ids[t["row"]], category_id=split.category_ids[k], bbox=xywh, score=score)
                     for score, k, xywh in zip(s.tolist(), known, boxes) if k is not None]
     return out
 

@@ -6,7 +6,7 @@
 __all__ = ['build_model', 'shipped_teacher', 'param_groups', 'lr_factor', 'frozen_norms', 'EMA', 'Learner', 'resized', 'grouped',
            'clock', 'same_experiment', 'train', 'read_log', 'curves', 'beside_truth']
 
-# %% ../nbs/18_learner.ipynb #ecf17130
+# %% ../nbs/18_learner.ipynb #9be025c7
 import copy, json, math, os, platform, time
 from collections import defaultdict
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .boxes import draw
-from .config import FREE, Config, root, run_folder, write_json
+from .config import FREE, Config, plainly, root, run_folder, write_json
 from .data import Images, Split, augmentation, load_data, loader, mix, open_image, order, summary
 from .distill import Teacher, check_classes, check_signals, gate, only, questions, same_cell
 from .evaluate import evaluate
@@ -88,7 +88,7 @@ class EMA:
         torch._foreach_lerp_([ours[k] for k in real], [theirs[k] for k in real], 1 - d)
         for k in ours.keys() - set(real): ours[k].copy_(theirs[k])
 
-# %% ../nbs/18_learner.ipynb #2e217a82
+# %% ../nbs/18_learner.ipynb #1e941f05
 class Learner:
     "A run: everything that the loop needs"
     def __init__(self, c: Config, splits: dict | None = None):
@@ -96,8 +96,12 @@ class Learner:
         self.splits = splits or load_data(c.data, c.coco_subset)
         self.device = torch.device(c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         train = self.splits["train"]
+        if c.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': torch sees no GPU here; give device='cpu', or install a CUDA build and a driver")
+        if c.batch == 1 and c.image_size <= 32: raise ValueError(f"batch=1 at image_size={c.image_size}: the coarsest map is a single cell, and a batch norm needs two numbers: take batch=2 or a larger image")
         if len(train) < c.batch: raise ValueError(f"batch={c.batch} is more than the {len(train)} training images: take a smaller batch")
         self.model = build_model(c, train.names, train.category_ids).to(self.device, memory_format=torch.channels_last)
+        cells = sum(h * w for h, w in self.shapes(torch.empty(1, 3, c.image_size, c.image_size)))
+        if c.queries > cells: print(f"queries={c.queries}, but an image of {c.image_size} pixels has {cells} cells: there will be {cells} queries", flush=True)
         if c.freeze_norm: frozen_norms(self.model)
         self.teacher, self.method = self.build_method()
         self.trained = nn.ModuleDict(dict(model=self.model) | (dict(method=self.method) if self.method is not None else {}))
@@ -337,7 +341,7 @@ def finish(self: Learner) -> dict:
     print(f"val: AP {figures['AP']:.3f}  AP50 {figures['AP50']:.3f}  AP75 {figures['AP75']:.3f}  -> {self.folder.name}/metrics.json", flush=True)
     return metrics
 
-# %% ../nbs/18_learner.ipynb #eaf436ae
+# %% ../nbs/18_learner.ipynb #4ed9c435
 def train(c: Config) -> dict:  # the content of metrics.json
     "Run an experiment, or read its result if it has ended before"
     folder = run_folder(c)
@@ -345,7 +349,8 @@ def train(c: Config) -> dict:  # the content of metrics.json
         same_experiment(folder, c)
         print(f"{folder.name} has ended before: its result is read, nothing is trained (give resume=False or another name to train again)", flush=True)
         return json.loads((folder / "metrics.json").read_text())
-    return Learner(c).fit()
+    with plainly(): learner = Learner(c)
+    with plainly((FloatingPointError, OSError)): return learner.fit()
 
 # %% ../nbs/18_learner.ipynb #8d132ccb
 def read_log(folder: Path) -> list:

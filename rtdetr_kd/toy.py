@@ -6,8 +6,8 @@
 __all__ = ['SHARES', 'CATEGORIES', 'SIZES', 'RECIPE', 'glyphs', 'photos', 'stamp', 'tight', 'ink_colour', 'background', 'overlap',
            'place', 'scene', 'write_split', 'cache_dir', 'toy_folder']
 
-# %% ../nbs/01_toy.ipynb #cd9a3168
-import colorsys, hashlib, json, os, shutil, tempfile
+# %% ../nbs/01_toy.ipynb #fdabf929
+import colorsys, hashlib, json, os, shutil, tempfile, time
 from functools import lru_cache
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def write_split(folder: Path, split: str, n: int, side: int, seed: int):
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(
         dict(info=dict(description=f"Digits in the wild, {split}, seed {seed}"), images=images, annotations=annotations, categories=CATEGORIES)))
 
-# %% ../nbs/01_toy.ipynb #c0274ca0
+# %% ../nbs/01_toy.ipynb #68e90481
 SIZES = dict(train=4000, select=400, val=800)  # scenes
 RECIPE = 2  # raise it when `scene` changes what it draws
 
@@ -160,8 +160,11 @@ def toy_folder(
     folder = cache_dir() / f"toy-{mark}"
     if folder.exists(): return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for p in folder.parent.glob("toy-*-part-*"):  # what a killed process left behind
+        if time.time() - p.stat().st_mtime > 3600: shutil.rmtree(p, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f"{folder.name}-part-", dir=folder.parent))
-    print(f"rendering {sum(sizes.values())} scenes into {folder}", flush=True)
+    part.chmod(0o755)
+    print(f"rendering {sum(sizes.values())} scenes into {folder.name} in the cache", flush=True)
     try:
         for split, n in sizes.items(): write_split(part, split, n, side, seed)
         part.rename(folder)

@@ -58,7 +58,7 @@ def read_tensors(path) -> tuple:  # names -> tensors, metadata
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is not a whole safetensors file ({e}): copy or download it again") from None
 
-# %% ../nbs/08_weights.ipynb #3473ed3f
+# %% ../nbs/08_weights.ipynb #20a7dd7a
 def read_file(
     path,  # a file that `save_model` wrote
 ) -> tuple:  # state dict, spec, about
@@ -66,9 +66,11 @@ def read_file(
     state, meta = read_tensors(path)
     if "spec" not in meta: raise ValueError(f"{path} holds weights but no architecture, "
                                             "so it was not written by rtdetr_kd.weights.save_model")
-    known = {f.name for f in fields(Spec)}
-    spec = Spec(**{k: v for k, v in json.loads(meta["spec"]).items() if k in known})
-    return state, spec, json.loads(meta.get("about", "{}"))
+    try:
+        known, d = {f.name for f in fields(Spec)}, json.loads(meta["spec"])
+        return state, Spec(**{k: v for k, v in d.items() if k in known}), json.loads(meta.get("about", "{}"))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: its description of the architecture is damaged ({e}): copy or download it again") from None
 
 # %% ../nbs/08_weights.ipynb #9e281d67
 COCO_NAMES = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,"
@@ -218,12 +220,13 @@ def hub_folder(name: str) -> Path:
         raise ValueError(f"'{name}' is no file here and could not be fetched from the Hugging Face Hub ({type(e).__name__}): "
                          "check the name and the network, or give the path of a file") from None
 
-# %% ../nbs/08_weights.ipynb #a40129d5
+# %% ../nbs/08_weights.ipynb #fa75cdb2
 def read_folder(folder: Path) -> tuple:  # state dict, spec, about
     "A folder in Hugging Face's format: config.json and model.safetensors"
     for f in ("config.json", "model.safetensors"):
         if not (folder / f).is_file(): raise FileNotFoundError(f"{folder} has no {f}: a Hugging Face model folder has config.json and model.safetensors")
-    c = json.loads((folder / "config.json").read_text())
+    try: c = dict(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError) as e: raise ValueError(f"{folder / 'config.json'} is not readable JSON ({e}): copy or download it again") from None
     if not str(c.get("model_type", "")).startswith("rt_detr"):
         raise ValueError(f"{folder} holds a model of type {c.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
     names = [c["id2label"][k] for k in sorted(c.get("id2label", {}), key=int)] or None

@@ -101,3 +101,48 @@ def test_bad_settings(given, says):
 def test_explicit_wins_over_size_over_preset():
     assert configure().queries == 30 and configure(queries=7).queries == 7 and configure(size="r18").queries == 300
     assert configure(epochs="3").epochs == 3 and configure(resume="false").resume is False
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d: d["annotations"].append("x"), "annotations: the entry 'x' is no object"),
+    (lambda d: d["images"][0].update(width="wide"), "'width' must be a number of pixels, not 'wide'"),
+    (lambda d: d["images"][0].update(file_name=3), "'file_name' must be a text"),
+    (lambda d: d["images"][0].update(id=[1]), "'id' must be a number or a text"),
+    (lambda d: d["annotations"][0].update(category_id=[1]), "category"),
+])
+def test_annotations_of_another_shape(tiny, tmp_path, spoil, says):
+    import shutil
+    from rtdetr_kd.data import load_data
+    shutil.copytree(tiny, tmp_path / "d")
+    path = tmp_path / "d/annotations/instances_train.json"
+    d = json.loads(path.read_text()); spoil(d); path.write_text(json.dumps(d))
+    with pytest.raises(ValueError, match=says): load_data(str(tmp_path / "d"))
+
+
+def test_numbers_as_texts_and_huge_ids_are_read(tiny, tmp_path):
+    import shutil
+    from rtdetr_kd.data import load_data
+    from rtdetr_kd.evaluate import ground_truth
+    shutil.copytree(tiny, tmp_path / "d")
+    path = tmp_path / "d/annotations/instances_train.json"
+    d = json.loads(path.read_text())
+    d["images"][0].update(width="64", id=10**25)
+    path.write_text(json.dumps(d))
+    train = load_data(str(tmp_path / "d"))["train"]
+    assert train.sizes[0].tolist() == [64, 64] and ground_truth(train)["images"][0]["id"] == 10**25
+
+
+def test_a_full_disk_stops_with_a_sentence_and_leaves_a_state(tiny, tmp_path, monkeypatch):
+    learner = Learner(config(tiny, tmp_path))
+    save, n = torch.save, [0]
+    def full(state, f):
+        n[0] += 1
+        if n[0] > 1: raise OSError(28, "No space left on device")
+        save(state, f)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="is the disk full"): learner.fit()
+    monkeypatch.undo()
+    assert weights(tmp_path)["step"] == 3 and not list((tmp_path / "run/last").glob("*.part"))
+    train(config(tiny, tmp_path))
+    train(config(tiny, tmp_path / "whole"))
+    assert equal(weights(tmp_path)["trained"], weights(tmp_path / "whole")["trained"])
