@@ -16,11 +16,11 @@ from .kd_schedules import METHODS
 from .model import SIZES
 from .weights import OFFICIAL
 
-# %% ../nbs/17_config.ipynb #b9d63465
+# %% ../nbs/17_config.ipynb #6ce2070a
 @dataclass
 class Config:
     "Everything that a run depends on; the one place of defaults"
-    method: str = "none"  # none, logit or query
+    method: str = "none"  # none, logit, feature, cwd, mgd or query
     data: str = "toy"  # toy, coco, or a folder in COCO's format
     coco_subset: int = 0  # so many training images, drawn once and for all; 0: all
     size: str = "toy"  # toy, toy_teacher, small, lite, r18, r34, r50m, r50, r101, or a timm backbone
@@ -156,11 +156,12 @@ def chosen(names: dict, before) -> dict:
     "The parameters among a notebook's global names: those that were not there before"
     return {k: v for k, v in names.items() if k not in before and not k.startswith("_") and k != "before"}
 
-# %% ../nbs/17_config.ipynb #098ff4a8
+# %% ../nbs/17_config.ipynb #0ae212f7
 def root() -> Path:
     "The project's folder: the nearest one upwards that has a settings.ini, else the current one"
     here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)
+    ours = lambda p: (p / "settings.ini").is_file() and "rtdetr_kd" in (p / "settings.ini").read_text()
+    return next((p for p in (here, *here.parents) if ours(p)), here)
 
 def run_folder(c: Config) -> Path:
     "Where a run keeps everything"

@@ -78,11 +78,12 @@ def clean_box(
     out = v[0] < -.5 or v[1] < -.5 or v[0] + v[2] > w + .5 or v[1] + v[3] > h + .5
     return (x1, y1, x2, y2), "box partly outside its image: clipped" if out else ""
 
-# %% ../nbs/02_data.ipynb #f570dc3c
+# %% ../nbs/02_data.ipynb #d2533044
 SCALAR = "a number or a text", lambda v: isinstance(v, (int, float, str)) and not isinstance(v, bool)
 TEXT = "a text that is not empty", lambda v: isinstance(v, str) and v.strip() != ""
 SIDE = "a number of pixels", lambda v: number(v, 0) >= 1
-NEEDED = dict(images=dict(id=SCALAR, file_name=TEXT, width=SIDE, height=SIDE), categories=dict(id=SCALAR, name=SCALAR), annotations={})
+NEEDED = dict(images=dict(id=SCALAR, file_name=TEXT, width=SIDE, height=SIDE), annotations={},
+              categories=dict(id=SCALAR, name=SCALAR))
 
 def check_entry(
     x,  # of one of a COCO file's lists
@@ -138,7 +139,7 @@ def doubts(
     if out > len(boxes) / 2: return {"box as x1,y1,x2,y2? Most leave their image, and COCO boxes are x,y,w,h": out}
     return {}
 
-# %% ../nbs/02_data.ipynb #f3d9a035
+# %% ../nbs/02_data.ipynb #68da31dd
 def read_coco(
     path: Path,  # instances_*.json
     folder: Path,  # of the images
@@ -159,7 +160,7 @@ def read_coco(
         if what: notes[what] += 1
         if not box: continue
         area = number(a.get("area"), (box[2] - box[0]) * (box[3] - box[1]))
-        found.append((k, *box, c, bool(a.get("iscrowd", 0)), area))
+        found.append((k, *box, c, bool(number(a.get("iscrowd"), 0)), area))
     out = sum(n for what, n in notes.items() if "outside" in what)
     notes.update(doubts([a.get("bbox") for a in d["annotations"]], out))
     return pack_split(name or path.stem, folder, d["images"], found, [(c["id"], c["name"]) for c in cats], dict(notes))
@@ -203,14 +204,14 @@ def carve(
     order = np.random.default_rng(0).permutation(len(s))
     return part(s, np.sort(order[n:]), "train"), replace(part(s, np.sort(order[:n]), "select"), notes={})
 
-# %% ../nbs/02_data.ipynb #eab6a8dc
+# %% ../nbs/02_data.ipynb #6e71cf7b
 def check_split(data: str, k: str, s: Split, train: Split):
     "Refuse what cannot be trained or compared"
     say = f"data='{data}': the split '{k}'"
     if s.names != train.names:
         raise ValueError(f"{say} has the classes {s.names}, train has {train.names}; they must be the same")
     if not len(s): raise ValueError(f"{say} has no image")
-    if not len(s.boxes): raise ValueError(f"{say} has no box in {len(s)} images")
+    if s.crowd.all(): raise ValueError(f"{say} has no box in {len(s)} images (groups marked iscrowd do not count)")
     gone = [f for f in s.files if not (s.folder / f).is_file()]
     if gone: raise FileNotFoundError(f"{say}: {len(gone)} of {len(s)} image files are missing in {s.folder}, "
                                      f"the first is {gone[0]}")
@@ -262,26 +263,28 @@ def summary(splits: dict) -> str:
     none = [n for c, n in enumerate(train.names) if c not in train.labels]
     return "\n".join(lines + ([f"  train: no box of {', '.join(none[:12])}"] if none else []))
 
-# %% ../nbs/02_data.ipynb #6a45a7c3
+# %% ../nbs/02_data.ipynb #cfefde98
 def as_rgb(
     im: Image.Image,
 ) -> Image.Image:
     "8-bit RGB: 16-bit greys are scaled, transparency is laid on white; an image of floats is a `ValueError`"
     if im.mode == "F": raise ValueError("an image of floats has no known range: save it with 8 or 16 bits")
-    if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) / 257).round().clip(0, 255).astype(np.uint8))
+    if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im) / (257 if np.asarray(im).max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
 
-# %% ../nbs/02_data.ipynb #fcc820ed
+# %% ../nbs/02_data.ipynb #99ce834f
 def open_image(
     path,  # file, PIL image, or uint8 array (h,w,3) or (h,w)
     upright: bool = True,  # turn it as its EXIF note says
 ) -> np.ndarray:  # (h,w,3) uint8
     "Any image as 8-bit RGB: the one loader of training, evaluation and inference. `FileNotFoundError`, `ValueError`"
     if isinstance(path, Tensor): path = path.detach().cpu().numpy()
+    if not isinstance(path, (str, Path, Image.Image, np.ndarray)): raise ValueError(f"an image is a path, a PIL image or a uint8 array, not {type(path).__name__}")
     if isinstance(path, np.ndarray):
+        if not path.size: raise ValueError(f"an image array of shape {path.shape} has no pixel")
         if path.dtype != np.uint8 or path.ndim not in (2, 3) or path.shape[2:] not in ((), (3,), (4,)):
             raise ValueError(f"an image array must be uint8 of shape (h,w,3) or (h,w), not {path.dtype} {path.shape}")
         path = Image.fromarray(path)

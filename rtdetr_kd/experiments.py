@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VALUED', 'FLAGS', 'positional', 'project_of', 'default_output', 'RunHandler', 'complete_command']
 
-# %% ../nbs/19_experiments.ipynb #d26fbcd5
-import os, re, sys
+# %% ../nbs/19_experiments.ipynb #b142dbcd
+import hashlib, os, re, sys
 from pathlib import Path
 
 # %% ../nbs/19_experiments.ipynb #920127d8
@@ -31,7 +31,7 @@ def project_of(notebook: str) -> Path | None:
     ini = nb.parent.parent / "settings.ini"
     return ini.parent if nb.suffix == ".ipynb" and nb.parent.name == "nbs" and ini.is_file() and "rtdetr_kd" in ini.read_text() else None
 
-# %% ../nbs/19_experiments.ipynb #3ef1568d
+# %% ../nbs/19_experiments.ipynb #0c0eda51
 def default_output(
     argv: list,  # papermill's words
 ) -> list:  # with an output path and --log-output, where both are ours to add
@@ -39,7 +39,9 @@ def default_output(
     words = positional(argv)
     root = project_of(words[0]) if len(words) == 1 else None
     if root is None or {"--help-notebook", "-h", "--help", "--version"} & set(argv): return argv
-    given = [f"{argv[k + 1]}={Path(argv[k + 2]).stem}" for k, a in enumerate(argv[:-2]) if VALUED.get(a)]
+    given = [f"{argv[k + 1]}={argv[k + 2].strip('./')}" for k, a in enumerate(argv[:-2]) if VALUED.get(a)]
+    more = [a for a in argv if a in ("-y", "-f", "-b") or a.startswith("--parameters_")]  # settings that are no words for a file name
+    if more: given.append(hashlib.sha256(" ".join(argv).encode()).hexdigest()[:8])
     name = re.sub(r"[^\w=.+-]", "_", "-".join([Path(words[0]).stem, *given]))[:150]
     out = root / "runs" / f"{name}.ipynb"
     log = [] if {"--log-output", "--no-log-output"} & set(argv) else ["--log-output"]

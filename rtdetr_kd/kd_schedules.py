@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS']
 
-# %% ../nbs/16_schedules.ipynb #88780bee
+# %% ../nbs/16_schedules.ipynb #45fb6690
+from .kd_features import CWD, MGD, FeatureKD
 from .kd_logits import LogitKD
 from .kd_queries import QueryKD
 
-# %% ../nbs/16_schedules.ipynb #5ab94ff7
-METHODS = dict(none=None, logit=LogitKD, query=QueryKD)
+# %% ../nbs/16_schedules.ipynb #855ba777
+METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, mgd=MGD, query=QueryKD)

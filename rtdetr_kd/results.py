@@ -52,8 +52,8 @@ def pm(x: pd.Series) -> str:
     "mean ± sd, or the one number there is"
     return f"{x.mean():.3f} ± {x.std():.3f}" if len(x) > 1 else f"{x.iloc[0]:.3f}"
 
-# %% ../nbs/20_results.ipynb #a2b6005c
-METHOD_ORDER = ["none", "logit", "query"]
+# %% ../nbs/20_results.ipynb #07fa406c
+METHOD_ORDER = ["none", "logit", "feature", "cwd", "mgd", "query"]
 
 def method_table(
     runs: pd.DataFrame,  # of one data set, size and budget
@@ -71,16 +71,16 @@ def markdown(t: pd.DataFrame) -> str:
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
     return "\n".join([line(t.columns), line(["---"] * len(t.columns)), *(line(r) for r in t.itertuples(index=False))])
 
-# %% ../nbs/20_results.ipynb #cb90e69e
+# %% ../nbs/20_results.ipynb #0eb5e1fd
 def fill(
     text: str,  # of the file
     name: str,  # of the block
     block: str,  # its new content
 ) -> str:
     "Replace the block between `<!-- name -->` and `<!-- /name -->`"
-    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
-    return re.sub(pattern, lambda m: m[1] + block + m[2], text, flags=re.S)
+    return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
 # %% ../nbs/20_results.ipynb #6754448d
 def toy_block(runs: pd.DataFrame) -> str:

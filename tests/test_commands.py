@@ -14,7 +14,7 @@ def papermill(*words, **env):
 
 @pytest.mark.parametrize("words, says", [
     ("-p metod query", ["no setting 'metod'", "did you mean 'method'"]),
-    ("-p method qury", ["method='qury'", "none, logit, query", "did you mean 'query'"]),
+    ("-p method qury", ["method='qury'", "none, logit, feature, cwd, mgd, query", "did you mean 'query'"]),
     ("-p epochs abc", ["epochs='abc'", "a whole number"]),
     ("-p data no/such/folder", ["data='no/such/folder'", "no such folder", "'toy', 'coco' or a folder"]),
 ])
