@@ -16,7 +16,7 @@ from .kd_schedules import METHODS
 from .model import SIZES
 from .weights import OFFICIAL
 
-# %% ../nbs/17_config.ipynb #6ce2070a
+# %% ../nbs/17_config.ipynb #5f271a33
 @dataclass
 class Config:
     "Everything that a run depends on; the one place of defaults"
@@ -35,7 +35,7 @@ class Config:
     batch: int = 16
     image_size: int = 640  # side of the square that images are resized to
     queries: int = 300
-    attention: str = "deformable"  # or dense
+    attention: str = "deformable"  # discrete (RT-DETRv2's) or dense
     lr: float = 1e-4
     backbone_lr: float = .1  # times lr; 1 when the backbone starts from scratch
     weight_decay: float = 1e-4
@@ -92,7 +92,7 @@ def one_of(name: str, value: str, choices):
     near = difflib.get_close_matches(value, list(choices), 1)
     raise ValueError(f"{name}={value!r}: must be one of {', '.join(choices)}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
-# %% ../nbs/17_config.ipynb #46505c91
+# %% ../nbs/17_config.ipynb #6b312e71
 RANGES = dict(epochs=(1, 10**6), batch=(1, 10**5), image_size=(32, 4096), queries=(1, 3840), lr=(1e-9, 10), backbone_lr=(0, 100), warmup=(0, 10**7), flat=(0, 1), clip=(0, 1e6),
               ema=(0, .999999), lam=(0, 1e6), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
               max_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
@@ -105,7 +105,7 @@ def check_weights(name: str, source: str):
 
 def check(c: Config):
     "Refuse what cannot work, before anything is built"
-    one_of("method", c.method, METHODS); one_of("attention", c.attention, ("deformable", "dense"))
+    one_of("method", c.method, METHODS); one_of("attention", c.attention, ("deformable", "discrete", "dense"))
     one_of("precision", c.precision, ("auto", "float32", "bfloat16", "float16")); one_of("device", c.device, ("auto", "cpu", "cuda"))
     if c.size not in SIZES:
         import timm

@@ -7,10 +7,11 @@ __all__ = ['logit', 'MLP', 'cell_boxes', 'anchors', 'Queries', 'DecoderLayer', '
            'pad_targets', 'noisy', 'flip_labels', 'denoising', 'group_mask', 'shared_queries', 'join', 'refine',
            'gather', 'decode']
 
-# %% ../nbs/06_decoder.ipynb #763b2d70
+# %% ../nbs/06_decoder.ipynb #e6f99fdb
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +66,13 @@ class Queries:
     logits: Tensor | None = None  # (b,k,c) the encoder's own scores of them
     boxes: Tensor | None = None  # (b,k,4) and boxes
 
-# %% ../nbs/06_decoder.ipynb #51f91402
+# %% ../nbs/06_decoder.ipynb #edb573fd
 class DecoderLayer(nn.Module):
     "Queries look at each other, then at the image, then think"
     def __init__(self, d: int, heads: int, d_ff: int, levels: int, points: int, attention: str = "deformable"):
         super().__init__()
-        kinds = dict(deformable=DeformableAttention, dense=DenseAttention)
+        kinds = dict(deformable=DeformableAttention, dense=DenseAttention,
+                     discrete=partial(DeformableAttention, discrete=True))
         self.self_attn = nn.MultiheadAttention(d, heads, batch_first=True)
         self.cross_attn = kinds[attention](d, heads, levels, points)
         self.linear1, self.linear2 = nn.Linear(d, d_ff), nn.Linear(d_ff, d)

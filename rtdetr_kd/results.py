@@ -82,7 +82,7 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
-# %% ../nbs/20_results.ipynb #6754448d
+# %% ../nbs/20_results.ipynb #486f9fc2
 def toy_block(runs: pd.DataFrame) -> str:
     "The README's paragraph on the embedded data"
     toy, teacher = runs[(runs.data == "toy") & (runs["size"] == "toy")], runs[runs.run == "toy_teacher"].iloc[0]
@@ -96,7 +96,7 @@ def toy_block(runs: pd.DataFrame) -> str:
 def bccd_block(runs: pd.DataFrame) -> str:
     "The README's sentence on the real data set"
     r = runs[runs.run == "bccd"].iloc[0]
-    return (f"BCCD (205 training images of blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
+    return (f"BCCD (blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
             f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
 
 # %% ../nbs/20_results.ipynb #be165002

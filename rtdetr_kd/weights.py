@@ -220,7 +220,7 @@ def hub_folder(name: str) -> Path:
         raise ValueError(f"'{name}' is no file here and could not be fetched from the Hugging Face Hub ({type(e).__name__}): "
                          "check the name and the network, or give the path of a file") from None
 
-# %% ../nbs/08_weights.ipynb #fa75cdb2
+# %% ../nbs/08_weights.ipynb #b46408e5
 def read_folder(folder: Path) -> tuple:  # state dict, spec, about
     "A folder in Hugging Face's format: config.json and model.safetensors"
     for f in ("config.json", "model.safetensors"):
@@ -232,7 +232,8 @@ def read_folder(folder: Path) -> tuple:  # state dict, spec, about
     names = [c["id2label"][k] for k in sorted(c.get("id2label", {}), key=int)] or None
     state = from_hf(read_tensors(folder / "model.safetensors")[0])
     spec = infer_spec(state, names)
-    return state, replace(spec, heads=c.get("decoder_attention_heads", 8), queries=c.get("num_queries", 300),
+    discrete = dict(attention="discrete") if c.get("decoder_method") == "discrete" else {}
+    return state, replace(spec, **discrete, heads=c.get("decoder_attention_heads", 8), queries=c.get("num_queries", 300),
                           points=c.get("decoder_n_points", 4), category_ids=COCO_IDS if len(spec.names) == 80 else []), {}
 
 # %% ../nbs/08_weights.ipynb #ce9f7390

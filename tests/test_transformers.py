@@ -14,7 +14,7 @@ QUERIES = 16 * 20 + 8 * 10 + 4 * 5  # all cells of that size: with random weight
 SHAPES = {18: ("basic", [2, 2, 2, 2], 3), 34: ("basic", [3, 4, 6, 3], 4), 50: ("bottleneck", [3, 4, 6, 3], 6), 101: ("bottleneck", [3, 4, 23, 3], 6)}
 
 
-def theirs(depth: int, v2: bool = False):
+def theirs(depth: int, v2: bool = False, method: str = "default"):
     "A transformers model with every tensor shaken, so that nothing agrees by being zero"
     kind, depths, layers = SHAPES[depth]
     basic = kind == "basic"
@@ -22,6 +22,7 @@ def theirs(depth: int, v2: bool = False):
                                            downsample_in_bottleneck=False, out_features=["stage2", "stage3", "stage4"])
     wide = dict(encoder_hidden_dim=384, encoder_ffn_dim=2048, decoder_in_channels=[384] * 3) if depth == 101 else {}
     config, model = (transformers.RTDetrV2Config, transformers.RTDetrV2ForObjectDetection) if v2 else (transformers.RTDetrConfig, transformers.RTDetrForObjectDetection)
+    if v2: wide["decoder_method"] = method
     torch.manual_seed(0)
     m = model(config(backbone_config=body, encoder_in_channels=[128, 256, 512] if basic else [512, 1024, 2048], hidden_expansion=.5 if basic else 1.,
                      decoder_layers=layers, num_labels=80, num_queries=QUERIES, **wide)).eval()
@@ -30,17 +31,19 @@ def theirs(depth: int, v2: bool = False):
     return m
 
 
-def pair(depth, v2=False):
-    m = theirs(depth, v2)
+def pair(depth, v2=False, method="default"):
+    m = theirs(depth, v2, method)
     state = from_hf(m.state_dict())
-    ours = RTDETR(replace(infer_spec(state), queries=QUERIES)).eval()
+    attention = "discrete" if method == "discrete" else "deformable"
+    ours = RTDETR(replace(infer_spec(state), queries=QUERIES, attention=attention)).eval()
     load_state(ours, state, "transformers")
     return m, ours
 
 
-@pytest.mark.parametrize("depth, v2", [(18, False), (34, False), (50, False), (101, False), (18, True)])
-def test_same_outputs(depth, v2):
-    m, ours = pair(depth, v2)
+@pytest.mark.parametrize("depth, v2, method", [(18, False, "default"), (34, False, "default"), (50, False, "default"), (101, False, "default"),
+                                               (18, True, "default"), (18, True, "discrete")])
+def test_same_outputs(depth, v2, method):
+    m, ours = pair(depth, v2, method)
     x = torch.rand(2, 3, *SIZE)
     with torch.no_grad(): a, b = m(x), ours(x)
     # as sets: a tie may change two queries' places
@@ -48,9 +51,10 @@ def test_same_outputs(depth, v2):
     assert gap.min(1).values.max() < 1e-4 and gap.min(2).values.max() < 1e-4
 
 
-def test_same_training_losses():
+@pytest.mark.parametrize("depth, v2", [(18, False), (34, False), (50, False), (101, False), (18, True)])
+def test_same_training_losses(depth, v2):
     "With the same random numbers for the denoising queries, every term of the loss agrees"
-    m, ours = pair(18)
+    m, ours = pair(depth, v2)
     m.train(); ours.train(); ours.backbone.eval()  # transformers freezes the backbone's norms
     x = torch.rand(2, 3, *SIZE)
     targets = [dict(labels=torch.tensor([3, 17, 3]), boxes=torch.tensor([[.3, .4, .2, .3], [.6, .6, .5, .4], [.8, .2, .1, .1]])),
@@ -59,9 +63,11 @@ def test_same_training_losses():
     a = m(x, labels=[dict(class_labels=t["labels"], boxes=t["boxes"]) for t in targets])
     torch.manual_seed(1)
     b = detection_losses(ours(x, targets), targets)
+    n = ours.spec.layers
+    at = [("", ""), ("_enc", f"_aux_{n - 1}"), *((f"_aux{k}", f"_aux_{k}") for k in range(n - 1)), *((f"_dn{k}", f"_dn_{k}") for k in range(n))]
     names = dict(vfl="loss_vfl", l1="loss_bbox", giou="loss_giou")
     for k, name in names.items():
-        for ours_at, theirs_at in [("", ""), ("_aux0", "_aux_0"), ("_aux1", "_aux_1"), ("_enc", "_aux_2"), ("_dn0", "_dn_0"), ("_dn1", "_dn_1"), ("_dn2", "_dn_2")]:
+        for ours_at, theirs_at in at:
             assert b[k + ours_at].item() == pytest.approx(a.loss_dict[name + theirs_at].item(), rel=1e-4), k + ours_at
 
 
