@@ -120,8 +120,8 @@ def coco(
         if not keep_archives: archive.unlink()
     return folder
 
-# %% ../nbs/02_download.ipynb #8c989bf3
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+# %% ../nbs/02_download.ipynb #6d4bd98e
+if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Download a data set")
     p.add_argument("what", choices=["coco"]); p.add_argument("--folder", type=Path); p.add_argument("--base", default=COCO)
     a = p.parse_args()

@@ -6,8 +6,8 @@
 __all__ = ['METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'pm', 'method_table', 'markdown', 'fill', 'toy_block',
            'bccd_block', 'update_readme', 'draw_readme']
 
-# %% ../nbs/20_results.ipynb #0f04a3e3
-import argparse, json, re, shutil, sys
+# %% ../nbs/20_results.ipynb #ce22f7f1
+import argparse, json, re, shutil
 from pathlib import Path
 
 import pandas as pd
@@ -118,14 +118,13 @@ def draw_readme():
     beside_truth(model, val, range(5)).savefig(root() / "figures/detections.png", dpi=110, bbox_inches="tight")
     shutil.copy(val.folder / val.files[1], root() / "figures/scene.jpg")
 
-# %% ../nbs/20_results.ipynb #a6336dcb
-if __name__ == "__main__":
+# %% ../nbs/20_results.ipynb #610e44d1
+if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Fill the README from runs/published")
     p.add_argument("--check", action="store_true", help="only compare")
     p.add_argument("--publish", nargs="*", default=[], metavar="RUN", help="copy these runs' result files to runs/published first")
     p.add_argument("--figures", action="store_true", help="draw the README's pictures again")
-    a = p.parse_args() if "ipykernel" not in sys.modules else None
-    if a:
-        for run in a.publish: print("published", publish(run))
-        if a.figures: draw_readme()
-        update_readme(a.check)
+    a = p.parse_args()
+    for run in a.publish: print("published", publish(run))
+    if a.figures: draw_readme()
+    update_readme(a.check)
