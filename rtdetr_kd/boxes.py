@@ -68,7 +68,7 @@ def as_array(img) -> np.ndarray:
     if isinstance(img, Tensor): img = img.detach().cpu().float().div(255 if img.dtype == torch.uint8 else 1).permute(1, 2, 0).clamp(0, 1).numpy()
     return np.asarray(img)
 
-# %% ../nbs/00_boxes.ipynb #9ad1999b
+# %% ../nbs/00_boxes.ipynb #6418a0e7
 def draw(
     img,  # image: tensor `(3,h,w)`, array or PIL
     boxes=(),  # (n,4) `xyxy`, pixels
@@ -81,7 +81,7 @@ def draw(
     "An image with its boxes"
     ax = ax or plt.subplots(figsize=(3, 3))[1]
     ax.imshow(as_array(img)); ax.set_axis_off(); ax.set_title(title, fontsize=8)
-    for k, box in enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)):
+    for k, box in reversed(list(enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)))):  # the surest on top
         x1, y1, x2, y2 = box
         text = "" if labels is None else str(labels[k])
         c = color or f"C{hash_label(text)}"
@@ -93,7 +93,7 @@ def draw(
 
 def hash_label(text: str) -> int:
     "A colour number for a label, the same in every run"
-    return sum(map(ord, text)) % 10
+    return sum((k + 1) * ord(c) for k, c in enumerate(text)) % 10
 
 # %% ../nbs/00_boxes.ipynb #2433b922
 def show(

@@ -387,7 +387,7 @@ def train(c: Config) -> dict:  # the content of metrics.json
     with plainly(): learner = Learner(c)
     with plainly((FloatingPointError, OSError)): return learner.fit()
 
-# %% ../nbs/18_learner.ipynb #8d132ccb
+# %% ../nbs/18_learner.ipynb #055ff96a
 def read_log(folder: Path) -> list:
     "The lines of a run's log"
     return [json.loads(l) for l in (Path(folder) / "log.jsonl").read_text().splitlines()]
@@ -399,10 +399,11 @@ def curves(folder: Path):
     for k in log[0]:
         if k not in ("epoch", "loss", "lr", "images_per_s", "step", "seconds") and not k.startswith("select"):
             a.plot([r["epoch"] for r in log], [r[k] for r in log], label=k)
-    a.set(yscale="log", xlabel="epoch", title="Every loss term should fall"); a.legend(fontsize=7, ncol=2)
+    a.set(yscale="log", xlabel="epoch", title="Loss by kind (vfl may rise: its target is the IoU)"); a.legend(fontsize=7, ncol=2)
     rows = [r for r in log if "select_AP" in r]
     for k, m in (("AP", "o-"), ("AP50", "s--"), ("AP75", "^:")): b.plot([r["epoch"] for r in rows], [r[f"select_{k}"] for r in rows], m, label=k)
     b.set(ylim=(0, 1), xlabel="epoch", title="AP on the select split"); b.legend(fontsize=7)
+    for ax in (a, b): ax.xaxis.get_major_locator().set_params(integer=True)
     fig.tight_layout()
     return fig
 

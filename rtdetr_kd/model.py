@@ -47,7 +47,7 @@ class Spec:
     image_size: int = 640  # side of the square that images are resized to
     category_ids: list = field(default_factory=list)  # of the data set the classes came from
 
-# %% ../nbs/07_model.ipynb #f59075eb
+# %% ../nbs/07_model.ipynb #5f0e0509
 SIZES = dict(
     toy=dict(backbone="resnet10vd", width=16, d=64, d_ff=128, heads=4, expansion=.5, depth=.34,
              queries=30, layers=3, denoising=20, image_size=128),
@@ -56,11 +56,11 @@ SIZES = dict(
     small=dict(backbone="resnet18vd", width=32, d=128, d_ff=256, expansion=.5, depth=.34,
                queries=100, layers=3, denoising=40, image_size=256),
     lite=dict(backbone="resnet18vd", levels=2, queries=100, layers=3, expansion=.5, image_size=512),
-    r18=dict(backbone="resnet18vd", expansion=.5, layers=3),
-    r34=dict(backbone="resnet34vd", expansion=.5, layers=4),
-    r50m=dict(backbone="resnet50vd", expansion=.5, answer=2),
-    r50=dict(backbone="resnet50vd"),
-    r101=dict(backbone="resnet101vd", d_encoder=384, d_ff_encoder=2048),
+    r18=dict(backbone="resnet18vd", expansion=.5, layers=3, queries=300),
+    r34=dict(backbone="resnet34vd", expansion=.5, layers=4, queries=300),
+    r50m=dict(backbone="resnet50vd", expansion=.5, answer=2, queries=300),
+    r50=dict(backbone="resnet50vd", queries=300),
+    r101=dict(backbone="resnet101vd", d_encoder=384, d_ff_encoder=2048, queries=300),
 )
 
 # %% ../nbs/07_model.ipynb #8d072d0c
