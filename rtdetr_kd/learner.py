@@ -135,7 +135,7 @@ def choose_dtype(self: Learner) -> torch.dtype:
     if self.device.type == "cpu": return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
-# %% ../nbs/18_learner.ipynb #081dee5d
+# %% ../nbs/18_learner.ipynb #eb082438
 @patch
 def build_method(self: Learner) -> tuple:  # teacher, method; or None, None
     "Teacher and method, both checked before any training"
@@ -152,6 +152,8 @@ def build_method(self: Learner) -> tuple:  # teacher, method; or None, None
     ap = gate(teacher, self.splits["select"], c.teacher_min_ap if c.teacher_min_ap >= 0 else .9 * official)
     self.teacher_about = dict(source=Path(source).name, fingerprint=weights_mark(teacher.model), select_AP=ap)
     if method.asks and c.kd_points > teacher.model.spec.queries: print(f"kd_points={c.kd_points}, but the teacher has {teacher.model.spec.queries} queries: all of them are asked", flush=True)
+    dense = [who for who, m in (("student", self.model), ("teacher", teacher.model)) if m.spec.attention == "dense"]
+    if dense and getattr(method, "attention", 0): print(f"the {' and the '.join(dense)} has dense attention without sampling points: method '{c.method}' leaves its attention term out", flush=True)
     print(f"teacher {Path(source).name}: " + (f"AP {ap:.3f} on select" if ap is not None else "no class in common with the data, AP not measured"), flush=True)
     return teacher, method
 

@@ -38,3 +38,14 @@ def test_two_steps(tiny, teacher, tmp_path, method):
     assert all(p.grad is None for p in l.teacher.model.parameters())
     empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 4
     assert all(v.isfinite() for v in l.one_step(torch.stack(images), empty).values())  # a batch without boxes
+
+
+@pytest.mark.parametrize("settings", [dict(size="lite"), dict(size="lite", attention="dense"), dict(size="lite", attention="discrete"), dict(size="r18"), dict(size="resnet10t")],
+                         ids=lambda s: "-".join(s.values()))
+def test_other_students(tiny, teacher, tmp_path, capsys, settings):
+    "Two levels, dense and discrete attention, a canonical R18, a timm backbone: each learns from the teacher's questions, and what is left out is said"
+    l = Learner(configure(data=str(tiny), method="query", teacher=str(teacher), image_size=64, batch=2, kd_points=10, workers=0, runs=str(tmp_path), **settings))
+    images, targets = zip(*(l.images[k] for k in range(2)))
+    terms = l.one_step(torch.stack(images), list(targets))
+    assert all(v.isfinite() for v in terms.values()) and terms["kd_query"] > 0  # boxes of two untrained nets are the same anchors
+    assert ("kd_attention" in terms) != ("leaves its attention term out" in capsys.readouterr().out)
