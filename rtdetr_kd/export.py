@@ -214,11 +214,12 @@ def open_openvino(path, threads: int = 0, device: str = "cpu", precision: str = 
     return Runner(call, about, "openvino", f"int8+{computed}" if about["precision"] == "int8" else computed, 0 if first.is_dynamic else first.get_length())
 
 # %% ../nbs/22_export.ipynb #7920a4a0
-def open_torch(path, threads: int = 0, device: str = "cpu", precision: str = "") -> Runner:
-    "Weights, run by PyTorch; `precision` fp32 or bf16"
+def open_torch(path, threads: int = 0, device: str = "cpu", precision: str = "", compiled: bool = False) -> Runner:
+    "Weights, run by PyTorch; `precision` fp32 or bf16; `compiled` by torch.compile"
     if precision not in ("", "fp32", "bf16"): raise ValueError(f"precision={precision!r}: PyTorch runs weights in fp32 or bf16")
     model = load_model(path)
     net, about = Deployed(model).to(device), about_model(model, "fractions", precision or "fp32")
+    if compiled: net = torch.compile(net)
     def call(f):
         before = torch.get_num_threads()
         if threads: torch.set_num_threads(threads)
@@ -227,7 +228,7 @@ def open_torch(path, threads: int = 0, device: str = "cpu", precision: str = "")
                 out = net(torch.from_numpy(f["images"]).to(device))
         finally: torch.set_num_threads(before)
         return {k: v.float().cpu().numpy() if v.is_floating_point() else v.cpu().numpy() for k, v in zip(POSTS["fractions"], out)}
-    return Runner(call, read_about(about, path), f"torch-{device}", precision or "fp32")
+    return Runner(call, read_about(about, path), f"torch-{device}" + "-compiled" * compiled, precision or "fp32")
 
 def open_engine(path, threads: int = 0, device: str = "cuda", precision: str = "") -> Runner:
     "A TensorRT engine"
@@ -239,7 +240,7 @@ OPEN = {".onnx": open_onnx, ".xml": open_openvino, ".safetensors": open_torch, "
 def open_model(
     path,  # .onnx, .xml (OpenVINO), .safetensors (PyTorch), .engine or .plan (TensorRT)
     threads: int = 0,  # of the CPU; 0: as many as the runtime thinks best
-    **options,  # device: cpu, cuda, tensorrt; precision: what to compute in, where the runtime lets one choose
+    **options,  # device: cpu, cuda, tensorrt; precision: what to compute in; compiled: by torch.compile
 ) -> Runner:
     "Any exported file, ready to run; raises `FileNotFoundError` or `ValueError`, one sentence each"
     kind = Path(path).suffix.lower()
