@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .boxes import giou, to_xyxy
-from .distill import Method, foreground, layer_pairs, take
+from .distill import PER_LAYER, Method, foreground, layer_pairs, take
 from .kd_features import attention_map_distance, attention_map_kl
 from .kd_logits import partners
 from .model import RTDETR, Output, Signals
@@ -39,8 +39,7 @@ def by_hungarian(student: Output, teacher: Output, same_classes: bool = True) ->
 # %% ../nbs/15_queries.ipynb #7714fcb9
 def beside(a: Signals, b: Signals) -> Signals:
     "The queries of both in one row"
-    fields = "queries reference logits boxes sampling_points sampling_weights".split()
-    both = {k: torch.cat([getattr(a, k), getattr(b, k)], 2) for k in fields if getattr(a, k) is not None}
+    both = {k: torch.cat([getattr(a, k), getattr(b, k)], 2) for k in PER_LAYER if getattr(a, k) is not None}
     return replace(a, **both, index=None)
 
 def by_questions(student: Output, teacher: Output, same_classes: bool = True) -> tuple:  # Signals, Signals

@@ -8,7 +8,7 @@ __all__ = ['build_model', 'try_out', 'shipped_teacher', 'param_groups', 'lr_fact
            'Pilot', 'put_aside', 'train', 'read_log', 'curves', 'beside_truth']
 
 # %% ../nbs/18_learner.ipynb #9897d471
-import copy, hashlib, json, math, os, platform, time
+import copy, hashlib, inspect, json, math, os, platform, time
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -438,6 +438,7 @@ def measured(self: Learner) -> list:  # the stages
     "What the pilot found: of an earlier run, or of one now"
     c = replace(self.c, seed=0, lam="1", rho=.2, name="pilot")
     key = {k: v for k, v in asdict(c).items() if k not in (*FREE, "epochs", "max_minutes", "eval_every", "data", "teacher", "init", "cache", "cache_views")}
+    key["code"] = hashlib.sha256("".join(inspect.getsource(inspect.getmodule(type(m))) for m in parts_of(self.method, c.method).values()).encode()).hexdigest()
     key |= dict(names=self.splits["train"].names, files=len(self.images), total=self.total, teacher=weights_mark(self.teacher.model), start=weights_mark(build_model(c, self.splits["train"].names, self.splits["train"].category_ids)) if c.init else "",
                 boxes=hashlib.sha256(self.splits["train"].boxes.tobytes()).hexdigest())
     path = cache_dir() / "pilots" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
