@@ -75,7 +75,7 @@ FREE = ("name", "runs", "resume", "workers", "device")  # settings that do not m
 
 PRESETS = dict(
     toy=dict(size="toy", epochs=4, image_size=128, lr=2e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998,
-             kd_points=30, cache="disk", photometric=0., zoom_out=0., iou_crop=0., hflip=0., eval_every=2),
+             kd_points=30, cache="disk", rho=.5, photometric=0., zoom_out=0., iou_crop=0., hflip=0., eval_every=2),
     coco=dict(size="r18", image_size=640, pilot=2000),
     folder=dict(size="small", epochs=60, image_size=256, lr=1e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998, batch=8, queries=100, eval_every=5),
 )

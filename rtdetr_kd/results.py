@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from scipy import stats
 
-from .config import FREE, Config, configure, root
+from .config import FREE, PRESETS, Config, configure, root
 from .data import load_data
 from .learner import beside_truth
 from .weights import load_model
@@ -62,8 +62,10 @@ KD = ("teacher", "lam", "rho", "temperature", "logit_mode", "alignment", "query_
 def variant(
     run,  # a row of `read_runs`
 ) -> str:
-    "The method and the settings of distillation that are not the defaults"
-    told = [f"{k}={run[k]}" for k in KD if k in run and not pd.isna(run[k]) and run[k] != getattr(Config, k) and k not in ("teacher", "alignment")]
+    "The method and the settings of distillation that are not the data set's defaults"
+    usual = lambda k: PRESETS.get(run.data, PRESETS["folder"]).get(k, getattr(Config, k))
+    untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") else ())  # the control has the λ of its method
+    told = [f"{k}={run[k]}" for k in KD if k in run and not pd.isna(run[k]) and run[k] != usual(k) and k not in untold]
     if run.method == "none": return "none"
     if str(run.teacher).startswith("random:"): told.append("untrained teacher")
     elif run.teacher: told.append(f"teacher {run.teacher}")
