@@ -63,6 +63,7 @@ class Config:
     iou_crop: float = .8
     hflip: float = .5
     eval_every: int = 1  # epochs between evaluations on the select split
+    save_minutes: float = 10.  # between states written within an epoch, 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
     precision: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it
     device: str = "auto"  # cpu, cuda; auto: a GPU if there is one
@@ -71,7 +72,7 @@ class Config:
     resume: bool = True  # go on where an interrupted run of this name stopped
 
 # %% ../nbs/17_config.ipynb #e89b86b9
-FREE = ("name", "runs", "resume", "workers", "device")  # settings that do not make another experiment
+FREE = ("name", "runs", "resume", "workers", "device", "save_minutes")  # settings that do not make another experiment
 
 PRESETS = dict(
     toy=dict(size="toy", epochs=4, image_size=128, lr=2e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998,
@@ -106,7 +107,7 @@ def one_of(name: str, value: str, choices):
 # %% ../nbs/17_config.ipynb #6b312e71
 RANGES = dict(epochs=(1, 10**6), batch=(1, 10**5), image_size=(32, 4096), queries=(1, 3840), lr=(1e-9, 10), backbone_lr=(0, 100), warmup=(0, 10**7), flat=(0, 1), clip=(0, 1e6),
               ema=(0, .999999), rho=(0, .95), pilot=(3, 10**6), cache_views=(1, 1000), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
-              max_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
+              max_minutes=(0, 1e6), save_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
 
 def check_weights(name: str, source: str):
     "Refuse what can be no weights: neither a file, nor official weights, nor a name on the Hub"

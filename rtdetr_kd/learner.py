@@ -128,6 +128,7 @@ class Learner:
         self.steps = len(order(len(train), c.batch, 0, 0))  # in an epoch
         self.total, self.warmup = self.steps * c.epochs, c.warmup
         self.epoch, self.step, self.best, self.seconds, self.log = 0, 0, dict(AP=-1.), 0., []
+        self.sums, self.since = {}, 0.  # of the running epoch: loss terms, when it began (or went on)
         self.dtype = self.choose_dtype()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda")
 
@@ -240,6 +241,13 @@ def moved(self: Learner, images: Tensor, targets: list) -> tuple:  # float image
     return images, [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
 
 @patch
+def look_at_ratio(self: Learner, terms: dict):
+    "Say at the first step if distillation is out of all proportion: a term that was summed where it should be averaged"
+    kd = sum(v.item() for k, v in terms.items() if k.startswith("kd_"))
+    ratio = kd / sum(v.item() for k, v in terms.items() if not k.startswith("kd_"))
+    if not .01 <= ratio <= 100: print(f"the distillation terms are {ratio:.2g} times the detector's loss at the first step (λ = {self.lam:.3g}): is λ as you want it?", flush=True)
+
+@patch
 def one_step(self: Learner, images: Tensor, targets: list) -> dict:
     "Forward, backward, update; every random number of the step follows from seed and step"
     torch.manual_seed(mix(self.c.seed, 1, self.step))
@@ -249,6 +257,7 @@ def one_step(self: Learner, images: Tensor, targets: list) -> dict:
     if self.c.freeze_norm: frozen_norms(self.model)
     terms = self.losses(*self.moved(images, targets))
     loss = sum(terms.values())
+    if self.step == 0 and self.method is not None: self.look_at_ratio(terms)
     if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: lower lr={self.c.lr}, or take precision='float32'; the last checkpoint is whole")
     self.opt.zero_grad(set_to_none=True)
     self.scaler.scale(loss).backward()
@@ -275,16 +284,19 @@ def clock(seconds: float) -> str:
 @patch
 def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the log
     "Train over the data once; a line of progress every `every` seconds"
-    sums, n, start, said = defaultdict(float), 0, time.time(), time.time()
-    for images, targets in loader(self.images, self.batches(self.epoch), self.workers()):
-        for k, v in self.one_step(images, targets).items(): sums[k] += v
+    begun = n = max(self.step - self.epoch * self.steps, 0)  # after an interruption: the steps that are done
+    self.since = said = saved = time.time()
+    for images, targets in loader(self.images, self.batches(self.epoch)[begun:], self.workers()):
+        for k, v in self.one_step(images, targets).items(): self.sums[k] = self.sums.get(k, 0.) + v
         n += 1
-        over = n == self.steps or self.late(start)
+        over = n == self.steps or self.late(self.since)
         if over or time.time() - said > every:
-            said, rate = time.time(), n * self.c.batch / (time.time() - start)
-            mean = grouped({k: v / n for k, v in sums.items()})
+            said, rate = time.time(), (n - begun) * self.c.batch / (time.time() - self.since)
+            mean = grouped({k: v / n for k, v in self.sums.items()})
             print(self.progress(mean, rate), flush=True)
         if over: break
+        if self.c.save_minutes and time.time() - saved > 60 * self.c.save_minutes: self.save(); saved = time.time()
+    self.seconds, self.since, self.sums = self.seconds + time.time() - self.since, 0., {}
     return dict(loss=sum(mean.values()), **mean, lr=self.opt.param_groups[0]["lr"], images_per_s=rate)
 
 @patch
@@ -317,7 +329,8 @@ def workers(self: Learner) -> int:
 def state(self: Learner) -> dict:
     "Everything that shapes the future of the run"
     return dict(trained=self.trained.state_dict(), ema=self.ema.model.state_dict(), ema_n=self.ema.n, opt=self.opt.state_dict(), scaler=self.scaler.state_dict(),
-                epoch=self.epoch, step=self.step, best=self.best, seconds=self.seconds, log=self.log, lam=self.lam)
+                epoch=self.epoch, step=self.step, best=self.best, log=self.log, lam=self.lam, sums=self.sums,
+                seconds=self.seconds + (time.time() - self.since if self.since else 0.))
 
 @patch
 def save(self: Learner):
@@ -345,7 +358,7 @@ def restore(self: Learner) -> bool:
         self.trained.load_state_dict(s["trained"]); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
         self.opt.load_state_dict(s["opt"]); self.scaler.load_state_dict(s["scaler"])
         self.epoch, self.step, self.best, self.seconds, self.log = s["epoch"], s["step"], s["best"], s["seconds"], s["log"]
-        self.lam = s.get("lam", self.lam)
+        self.lam, self.sums = s.get("lam", self.lam), s.get("sums", {})
         print(f"resumed after epoch {self.epoch} (step {self.step})", flush=True)
         return True
     if paths: raise ValueError(f"no state in {self.folder / 'last'} can be read: restore a copy of it, or delete {self.folder} to start anew")
@@ -516,11 +529,9 @@ def run(self: Learner) -> dict:
     n = sum(p.numel() for p in self.model.parameters())
     print(f"{self.folder.name}: {n / 1e6:.2f} M parameters, {self.total} steps of {self.c.batch} images on {self.device}\n{summary(self.splits)}", flush=True)
     while self.epoch < self.c.epochs and not self.late(time.time()):
-        start = time.time()
-        if self.c.lam == "adaptive" and self.method and self.epoch: self.adapt_lam()
+        if self.c.lam == "adaptive" and self.method and self.epoch and self.step == self.epoch * self.steps: self.adapt_lam()
         row = dict(epoch=self.epoch + 1) | self.one_epoch() | (dict(lam=self.lam) if self.method else {})
         self.epoch += 1
-        self.seconds += time.time() - start
         if self.epoch % self.c.eval_every == 0 or self.epoch == self.c.epochs or self.late(time.time()): row |= self.assess()
         self.log.append(row | dict(step=self.step, seconds=round(self.seconds, 1)))
         (self.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.log))
