@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -47,6 +47,7 @@ def open_header(
     with opening:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try: im = Image.open(path)
+        except UnidentifiedImageError: raise ValueError("this is no image, or of a format that Pillow does not know") from None
         finally: Image.MAX_IMAGE_PIXELS = usual
     if im.width * im.height > limit:
         raise ValueError(f"{im.width}×{im.height} pixels are more than the limit of {limit / 1e6:g} million: make it smaller, "
