@@ -62,6 +62,10 @@ class Config:
     zoom_out: float = .5
     iou_crop: float = .8
     hflip: float = .5
+    mosaic: float = 0.
+    multi_scale: bool = False  # each batch at another size, from 3/4 to 5/4 of image_size, as RT-DETR was trained on COCO
+    strict: bool = False  # stop at anything in the data that is not as it should be
+    exif: str = "auto"  # boxes are on photographs as they are seen (apply) or stored (ignore); auto: by the annotated size
     eval_every: int = 1  # epochs between evaluations on the select split
     save_minutes: float = 10.  # between states written within an epoch, 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
@@ -72,7 +76,7 @@ class Config:
     resume: bool = True  # go on where an interrupted run of this name stopped
 
 # %% ../nbs/17_config.ipynb #e89b86b9
-FREE = ("name", "runs", "resume", "workers", "device", "save_minutes")  # settings that do not make another experiment
+FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict")  # settings that do not make another experiment
 
 PRESETS = dict(
     toy=dict(size="toy", epochs=4, image_size=128, lr=2e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998,
@@ -106,7 +110,7 @@ def one_of(name: str, value: str, choices):
 
 # %% ../nbs/17_config.ipynb #6b312e71
 RANGES = dict(epochs=(1, 10**6), batch=(1, 10**5), image_size=(32, 4096), queries=(1, 3840), lr=(1e-9, 10), backbone_lr=(0, 100), warmup=(0, 10**7), flat=(0, 1), clip=(0, 1e6),
-              ema=(0, .999999), rho=(0, .95), pilot=(3, 10**6), cache_views=(1, 1000), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
+              ema=(0, .999999), rho=(0, .95), pilot=(3, 10**6), cache_views=(1, 1000), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), mosaic=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
               max_minutes=(0, 1e6), save_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
 
 def check_weights(name: str, source: str):
@@ -144,6 +148,8 @@ def check(c: Config):
         if not lo <= getattr(c, k) <= hi: raise ValueError(f"{k}={getattr(c, k)}: must lie between {lo} and {hi}")
     if c.data not in ("toy", "coco") and not (c.data.strip() and Path(c.data).expanduser().is_dir()):
         raise ValueError(f"data={c.data!r}: there is no such folder; give 'toy', 'coco' or a folder in COCO's format")
+    one_of("exif", c.exif, ("auto", "apply", "ignore"))
+    if c.multi_scale and c.cache == "disk": raise ValueError("multi_scale=True with cache='disk': the kept answers are for one size; give cache='none'")
     one_of("teacher_classes", c.teacher_classes, ("same", "by_name"))
     for k in ("teacher", "init"): check_weights(k, getattr(c, k))
     if c.method != "none" and not c.teacher and c.data != "toy": raise ValueError(f"method={c.method!r} on data={c.data!r} needs a teacher: give teacher=<weights file>, or method='none'")

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from .boxes import draw
 from .cache import cached_answers
 from .config import FREE, Config, plainly, root, run_folder, write_json
-from .data import Images, Split, augmentation, data_folder, load_data, loader, mix, open_image, order, split_files, summary
+from .annotations import Split
+from .check import data_folder
+from .data import Images, augmentation, load_data, loader, mix, order, sides_around, summary
+from .images import open_image
+from .other_formats import annotation_files
 from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, surest
 from .evaluate import evaluate
 from .kd_schedules import Mix, make_method, parts_of
@@ -104,7 +108,7 @@ class Learner:
     "A run: everything that the loop needs"
     def __init__(self, c: Config, splits: dict | None = None):
         self.c, self.folder = c, run_folder(c)
-        self.splits = splits or load_data(c.data, c.coco_subset)
+        self.splits = splits or load_data(c.data, c.coco_subset, c.strict, c.exif)
         self.device = torch.device(c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         train = self.splits["train"]
         if c.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': torch sees no GPU here; give device='cpu', or install a CUDA build and a driver")
@@ -123,7 +127,7 @@ class Learner:
         if self.method is not None: groups += [g for g in param_groups(self.method, c.lr, 1., c.weight_decay)]
         self.opt = torch.optim.AdamW(groups, fused=True)
         self.ema = EMA(self.model, c.ema)
-        augment = augmentation(c.photometric, c.zoom_out, c.iou_crop, c.hflip)
+        augment = augmentation(c.photometric, c.zoom_out, c.iou_crop, c.hflip, c.mosaic)
         self.images = Images(train, c.image_size, augment, c.seed)
         self.steps = len(order(len(train), c.batch, 0, 0))  # in an epoch
         self.total, self.warmup = self.steps * c.epochs, c.warmup
@@ -303,7 +307,8 @@ def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the 
 def batches(self: Learner, epoch: int) -> list:  # lists of (view, image)
     "The batches of an epoch; with a cache there are only so many views"
     views = self.answers.views if self.answers else epoch + 1
-    return [[(e % views, k) for e, k in b] for b in order(len(self.images), self.c.batch, self.c.seed, epoch)]
+    sides = sides_around(self.c.image_size) if self.c.multi_scale else ()
+    return [[(e % views, *key) for e, *key in b] for b in order(len(self.images), self.c.batch, self.c.seed, epoch, sides=sides)]
 
 @patch
 def progress(self: Learner, mean: dict, rate: float) -> str:
@@ -379,10 +384,10 @@ def assess(self: Learner) -> dict:
 # %% ../nbs/18_learner.ipynb #45900978
 def inputs(c: Config) -> dict:  # name -> fingerprint
     "Fingerprints of the files that a run reads: annotations, teacher, init"
-    files = {f"data:{s}": (split_files(data_folder(c.data), s) or [None])[0] for s in ("train", "select", "val")} if c.data != "toy" else {}
+    files = {f"data:{s}": annotation_files(data_folder(c.data), s) for s in ("train", "select", "val")} if c.data != "toy" else {}
     teacher = c.teacher or (str(shipped_teacher()) if c.method != "none" else "")
-    files |= {k: Path(v).expanduser() for k, v in dict(teacher=teacher, init=c.init).items() if v}
-    return {k: fingerprint(f) for k, f in files.items() if f and Path(f).is_file()}
+    files |= {k: [Path(v).expanduser()] for k, v in dict(teacher=teacher, init=c.init).items() if Path(v).expanduser().is_file()}
+    return {k: fingerprint(*v) for k, v in files.items() if v}
 
 def same_experiment(folder: Path, c: Config):
     "Refuse to go on with a run that was another experiment"
