@@ -505,6 +505,7 @@ def open_cache(self: Learner):
             return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
     mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.dtype} {0 if self.method.whole else self.c.kd_points}"
     self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
+    self.teacher.to("cpu")  # nobody asks it again
 
 # %% ../nbs/18_learner.ipynb #cf5d8bfd
 def put_aside(folder: Path):
