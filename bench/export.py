@@ -1,9 +1,11 @@
 """Speed of exported models, by alternating runs; prints ratios, and writes what is published.
 
     python bench/export.py r18 [--threads 2]          # our R18 at 640 px against transformers' export of the same weights
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python bench/export.py r18   # as on a CPU without AMX, whose bf16 units make INT8's lead small
     python bench/export.py table NAME WEIGHTS DATA    # every backend that is here, on the val split of DATA
+    python bench/export.py figures                    # figures/latency.png and .pdf, from the committed results
 """
-import argparse, json, tempfile
+import argparse, os, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from rtdetr_kd.config import root, write_json
 from rtdetr_kd.annotations import part
 from rtdetr_kd.data import load_data
 from rtdetr_kd.export import write_onnx, write_openvino
-from rtdetr_kd.latency import machine, markdown_table, measure, race, rows_of, write_table
+from rtdetr_kd.latency import draw_published, machine, markdown_table, measure, race, rows_of, write_table
 from rtdetr_kd.model import RTDETR, SIZES, Spec
 from rtdetr_kd.calibrate import calibrate
 from rtdetr_kd.quantize import gate, sensitivity, write_int8
@@ -95,7 +97,7 @@ def r18(threads, rounds, side, keep):
     ratios = {k: float(np.median(t[a] / t[b])) for k, (a, b) in pairs.items()}
     for k in ms: print(f"{k:16} median {ms[k]:7.1f} ms   least {best[k]:7.1f}")
     for k, v in ratios.items(): print(f"{k:32} {v:.2f}x (of the least times {best[pairs[k][0]] / best[pairs[k][1]]:.2f}x)")
-    return dict(about=dict(model="r18, random weights", side=side, rounds=len(t["ort_ours"]), machine=machine(threads)), median_ms=ms, least_ms=best, ratios=ratios)
+    return dict(about=dict(model="r18, random weights", side=side, isa=os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"), rounds=len(t["ort_ours"]), machine=machine(threads)), median_ms=ms, least_ms=best, ratios=ratios)
 
 
 def table(name, weights, data, threads, rounds, keep):
@@ -109,18 +111,19 @@ def table(name, weights, data, threads, rounds, keep):
     rows, absent = rows_of(weights, folder, threads)
     t = measure(rows, splits["val"], rounds=rounds)
     about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent))
-    write_table(t, PUBLISHED / name, about, root() / "figures" / f"latency_{name}.png")
+    write_table(t, PUBLISHED / name, about)
     print(markdown_table(t)); print("absent:", ", ".join(sorted(absent)))
     for r in parts: print(f"{r['part']:18} AP {r['AP']:.3f}  costs {100 * r['loss']:5.2f} points")
 
 
 if __name__ == "__main__":
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("what", choices=["r18", "table"]); a.add_argument("name", nargs="?"); a.add_argument("weights", nargs="?"); a.add_argument("data", nargs="?")
+    a.add_argument("what", choices=["r18", "table", "figures"]); a.add_argument("name", nargs="?"); a.add_argument("weights", nargs="?"); a.add_argument("data", nargs="?")
     a.add_argument("--threads", type=int, default=2); a.add_argument("--rounds", type=int, default=11); a.add_argument("--side", type=int, default=640)
     a.add_argument("--keep", help="folder for the exported files"); a.add_argument("--publish", action="store_true")
     a = a.parse_args()
-    if a.what == "table": table(a.name, a.weights, a.data, a.threads, a.rounds, a.keep)
+    if a.what == "figures": draw_published(root() / "figures" / "latency")
+    elif a.what == "table": table(a.name, a.weights, a.data, a.threads, a.rounds, a.keep)
     else:
         result = r18(a.threads, a.rounds, a.side, a.keep)
-        if a.publish: PUBLISHED.mkdir(parents=True, exist_ok=True); write_json(PUBLISHED / f"r18-{a.side}.json", result)
+        if a.publish: PUBLISHED.mkdir(parents=True, exist_ok=True); write_json(PUBLISHED / f"r18-{a.side}{'-avx512' * ('ONEDNN_MAX_CPU_ISA' in os.environ)}.json", result)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORY', 'COLUMNS', 'FORMATS', 'evaluate', 'race', 'peak_memory', 'joules', 'joules_each', 'cpu_name', 'machine',
-           'measure', 'as_text', 'markdown_table', 'latex_table', 'picture', 'write_table', 'rows_of']
+           'measure', 'as_text', 'markdown_table', 'latex_table', 'picture', 'write_table', 'rows_of', 'published',
+           'draw_published']
 
 # %% ../nbs/25_latency.ipynb #100a8bd6
 import json, os, platform, subprocess, sys, time
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .config import write_json
+from .config import root, write_json
 from .annotations import Split
 from .data import Images, load_data
 from .export import Runner, open_model
@@ -188,3 +189,22 @@ def rows_of(
         try: rows[k] = (open_model(path, threads, **options), Path(path))
         except (ValueError, FileNotFoundError, ImportError) as e: absent[k] = str(e)
     return rows, absent
+
+# %% ../nbs/25_latency.ipynb #7ec87b7d
+def published(folder=None) -> dict:  # name -> what `write_table` wrote
+    "The committed tables"
+    folder = Path(folder or root() / "runs/published/latency")
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    return {k: v for k, v in found.items() if "rows" in v}
+
+def draw_published(
+    to,  # without an ending: .png and .pdf are written
+    folder=None,  # of the result files
+):
+    "Latency against accuracy, a panel for each data set"
+    results = published(folder)
+    fig, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.4), squeeze=False)
+    for ax, (name, r) in zip(axes[0], results.items()): picture(pd.DataFrame(r["rows"]), ax, f"{name}, {r['about']['split']}, {r['about']['images']} images")
+    fig.tight_layout()
+    for end in ("png", "pdf"): fig.savefig(f"{to}.{end}", dpi=150, metadata={"CreationDate": None} if end == "pdf" else None)
+    plt.close(fig)

@@ -10,7 +10,6 @@ __all__ = ['PRECISIONS', 'HALF', 'plan', 'keep_float', 'profile', 'trtexec', 'ca
 # %% ../nbs/24_tensorrt.ipynb #edaa5bf1
 import hashlib, json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ import torch
 from .annotations import Split
 from .data import Images
 from .engine import import_trt, inspect, open_engine, self_check, share_of, stamp
-from .export import Runner, open_onnx, read_about, there, whole
+from .export import open_onnx, read_about, there, whole
 from .quantize import tensorrt_takes
 
 # %% ../nbs/24_tensorrt.ipynb #266f7098

@@ -18,9 +18,9 @@ from .export import Runner, open_model, whole
 
 # %% ../nbs/22_verify.ipynb #d8ff75d6
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (n,4), (m,4) xyxy -> (n,m)
-    "IoU of each with each; 0 with what is no box"
+    "IoU of each with each"
     from torchvision.ops import box_iou
-    return np.nan_to_num(box_iou(torch.from_numpy(np.ascontiguousarray(a)).double(), torch.from_numpy(np.ascontiguousarray(b)).double()).numpy())
+    return box_iou(torch.from_numpy(np.ascontiguousarray(a)).double(), torch.from_numpy(np.ascontiguousarray(b)).double()).numpy()
 
 def compare(
     a: tuple,  # scores (b,k), labels (b,k), boxes (b,k,4) of the reference
