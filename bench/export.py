@@ -5,7 +5,7 @@
     python bench/export.py table NAME WEIGHTS DATA    # every backend that is here, on the val split of DATA
     python bench/export.py figures                    # figures/latency.png and .pdf, from the committed results
 """
-import argparse, os, tempfile
+import argparse, json, os, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +100,21 @@ def r18(threads, rounds, side, keep):
     return dict(about=dict(model="r18, random weights", side=side, isa=os.environ.get("ONEDNN_MAX_CPU_ISA", "all of the CPU's"), rounds=len(t["ort_ours"]), machine=machine(threads)), median_ms=ms, least_ms=best, ratios=ratios)
 
 
-def table(name, weights, data, threads, rounds, keep):
-    folder = Path(keep or tempfile.mkdtemp()); folder.mkdir(parents=True, exist_ok=True)
-    splits, stem, model = load_data(data), Path(weights).stem, load_model(weights)
+def export_all(model, folder, stem, splits):
+    "The files of all backends; what the gate said; what each part costs"
     onnx = write_onnx(model, folder / f"{stem}.onnx")
     write_openvino(onnx, folder / f"{stem}.xml")
     passed = {t: gate(onnx, folder / f"{stem}.int8.{end}", splits["select"], splits["select"], t) for t, end in (("onnxruntime", "onnx"), ("openvino", "xml"))}
     recipe = calibrate(onnx, splits["select"], method=passed["openvino"]["method"])
     parts = sensitivity(onnx, recipe, splits["select"], folder)
+    return passed, parts
+
+
+def table(name, weights, data, threads, rounds, keep, again):
+    folder = Path(keep or tempfile.mkdtemp()); folder.mkdir(parents=True, exist_ok=True)
+    splits, stem, model = load_data(data), Path(weights).stem, load_model(weights)
+    if again: old = json.loads((PUBLISHED / f"{name}.json").read_text())["about"]; passed, parts = old["gate"], old["sensitivity"]
+    else: passed, parts = export_all(model, folder, stem, splits)
     rows, absent = rows_of(weights, folder, threads)
     t = measure(rows, splits["val"], rounds=rounds)
     about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent))
@@ -121,9 +128,10 @@ if __name__ == "__main__":
     a.add_argument("what", choices=["r18", "table", "figures"]); a.add_argument("name", nargs="?"); a.add_argument("weights", nargs="?"); a.add_argument("data", nargs="?")
     a.add_argument("--threads", type=int, default=2); a.add_argument("--rounds", type=int, default=11); a.add_argument("--side", type=int, default=640)
     a.add_argument("--keep", help="folder for the exported files"); a.add_argument("--publish", action="store_true")
+    a.add_argument("--again", action="store_true", help="time the files in --keep again; gate and sensitivity from the published table")
     a = a.parse_args()
     if a.what == "figures": draw_published(root() / "figures" / "latency")
-    elif a.what == "table": table(a.name, a.weights, a.data, a.threads, a.rounds, a.keep)
+    elif a.what == "table": table(a.name, a.weights, a.data, a.threads, a.rounds, a.keep, a.again)
     else:
         result = r18(a.threads, a.rounds, a.side, a.keep)
         if a.publish: PUBLISHED.mkdir(parents=True, exist_ok=True); write_json(PUBLISHED / f"r18-{a.side}{'-avx512' * ('ONEDNN_MAX_CPU_ISA' in os.environ)}.json", result)
