@@ -117,7 +117,7 @@ def table(name, weights, data, threads, rounds, keep, again):
     else: passed, parts = export_all(model, folder, stem, splits)
     rows, absent = rows_of(weights, folder, threads)
     t = measure(rows, splits["val"], rounds=rounds)
-    about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent))
+    about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent), machine=machine(threads))
     write_table(t, PUBLISHED / name, about)
     print(markdown_table(t)); print("absent:", ", ".join(sorted(absent)))
     for r in parts: print(f"{r['part']:18} AP {r['AP']:.3f}  costs {100 * r['loss']:5.2f} points")
