@@ -3,13 +3,14 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: train test teacher results clean help
+.PHONY: serve train test teacher results clean help
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
 	@echo "make results  run none, logit and query on toy; write the README's table and pictures"
+	@echo "make serve    the toy student on http://localhost:8000 (make serve ARGS='--weights model.onnx --port 80')"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
@@ -32,6 +33,10 @@ results: $(VENV)/.ready
 	for m in none logit query; do $(BIN)/papermill nbs/train.ipynb -p method $$m || exit 1; done
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query", "weights/toy_student.safetensors")'
 	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy_teacher runs/toy-none runs/toy-logit runs/toy-query
+
+serve: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[serve]'
+	$(BIN)/python -m rtdetr_kd.serve $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info _proc _site

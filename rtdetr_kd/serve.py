@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .data import open_image, to_square
 from .export import Runner, open_model
@@ -375,6 +376,7 @@ async def in_time(request: Request, work, seconds: float):
 async def pictures(request: Request, limits: Limits) -> list:
     "`files_of` within the time limit"
     try: return await asyncio.wait_for(files_of(request, limits), limits.seconds)
+    except ClientDisconnect: raise Refused(499, "gone", "the client went away") from None
     except asyncio.TimeoutError: raise Refused(408, "slow", f"the request did not arrive within {limits.seconds:g} seconds") from None
 
 # %% ../nbs/26_serve.ipynb #26da2184
