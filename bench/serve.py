@@ -1,6 +1,6 @@
 """Throughput and latency of the server under load, beside the bare runtime and a plain FastAPI handler
 
-python bench/serve.py [--weights W] [--clients 16] [--seconds 8] [--rounds 3] [--soak 10000] [--out runs/published/serve.json]
+python bench/serve.py [--weights W] [--clients 16] [--seconds 8] [--rounds 3] [--threads 1] [--soak 10000] [--out runs/published/serve.json]
 
 Rounds alternate: server, plain handler, bare runtime at the batch size that the server's batches had in the mean.
 The clients run on the same machine and take their share of its cores; the figures include that.
@@ -83,13 +83,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", default=ROOT / "weights/toy_student.safetensors"); p.add_argument("--clients", type=int, default=16)
     p.add_argument("--seconds", type=float, default=8); p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--threads", type=int, default=0, help="of the server's inference; 0: its default")
     p.add_argument("--soak", type=int, default=0); p.add_argument("--out")
     a = p.parse_args()
     sys.path.insert(0, str(ROOT))
     from rtdetr_kd.export import open_model
     cores, data = len(os.sched_getaffinity(0)), request((ROOT / "figures/scene.jpg").read_bytes())
     runner = open_model(a.weights, threads=cores)
-    ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT"])
+    ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *(["--threads", a.threads] if a.threads else [])])
     plain, other = start(["-c", PLAIN, a.weights, "PORT"])
     rows = []
     try:

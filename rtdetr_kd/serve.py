@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'log', 'CORES', 'FREE', 'ROUTES', 'router', 'BODY', 'BATCH', 'ERRORS', 'EXAMPLE', 'ok', 'SCRIPT', 'PAGE',
            'ALLOW', 'EMBEDDED', 'Limits', 'Refused', 'refusal', 'header', 'decode', 'square', 'Meters', 'Worker',
-           'Asked', 'asked', 'Detection', 'Answer', 'Problem', 'Error', 'Answers', 'listed', 'written', 'drawn',
-           'Service', 'look', 'Door', 'too_long', 'files_of', 'name_of', 'gone', 'in_time', 'pictures', 'at_work',
-           'detect', 'detect_batch', 'asyncio_all', 'healthz', 'readyz', 'model', 'metrics', 'page', 'reload', 'life',
-           'create_app', 'arguments', 'main']
+           'Asked', 'asked', 'Detection', 'Answer', 'CocoRow', 'Problem', 'Error', 'Answers', 'listed', 'written',
+           'drawn', 'Service', 'look', 'Door', 'too_long', 'files_of', 'name_of', 'gone', 'in_time', 'pictures',
+           'at_work', 'detect', 'detect_batch', 'asyncio_all', 'healthz', 'readyz', 'model', 'metrics', 'page',
+           'reload', 'life', 'create_app', 'arguments', 'main']
 
 # %% ../nbs/26_serve.ipynb #c8df0818
 import argparse, asyncio, base64, hashlib, hmac, io, json, logging, os, queue, re, signal, sys, threading, time, uuid
@@ -23,7 +23,7 @@ import torch
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from PIL import Image, ImageDraw
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
@@ -187,6 +187,13 @@ class Answer(BaseModel):
     orientation: int
     detections: list[Detection]
 
+class CocoRow(BaseModel):
+    "One object, as in COCO's result files"
+    image_id: str | None
+    category_id: int | str
+    score: float
+    bbox: list[float]
+
 class Problem(BaseModel):
     "What went wrong"
     code: str
@@ -199,7 +206,7 @@ class Error(BaseModel):
 
 class Answers(BaseModel):
     "One result or error for each image, in the order they were sent"
-    results: list[Answer | Error | list[dict]]
+    results: list[Answer | Error | list[CocoRow]]
 
 # %% ../nbs/26_serve.ipynb #74d6db53
 def listed(
@@ -399,7 +406,7 @@ def at_work(request: Request) -> Service:
     if not s.ready: raise Refused(503, "not_ready", "the model is being warmed up: come back in a second")
     return s
 
-@router.post("/detect", response_model=Answer, responses=ERRORS | ok(EXAMPLE, **{"image/jpeg": dict(schema=dict(type="string", format="binary"))}), openapi_extra=BODY)
+@router.post("/detect", response_model=Answer | list[CocoRow], responses=ERRORS | ok(EXAMPLE, **{"image/jpeg": dict(schema=dict(type="string", format="binary"))}), openapi_extra=BODY)
 async def detect(request: Request, ask: Annotated[Asked, Depends(asked)]):
     "Objects in one image; with `Accept: image/jpeg`, the image with its boxes"
     s = at_work(request)
@@ -446,7 +453,7 @@ async def model(request: Request):
     return dict(names=r.names, category_ids=r.category_ids, size=r.size, weights=r.about["weights"], backend=r.backend,
                 precision=r.precision, threshold=request.app.state.service.threshold)
 
-@router.get("/metrics", responses={401: ERRORS[401]})
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
 async def metrics(request: Request):
     "Prometheus' text"
     return Response(generate_latest(request.app.state.service.meters.registry), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -331,3 +331,12 @@ def test_what_cannot_be_served(tmp_path, words, says):
     from rtdetr_kd.serve import main
     (tmp_path / "bad.onnx").write_bytes(b"bad")
     with pytest.raises(SystemExit, match=says): main([w.format(bad=tmp_path / "bad.onnx") for w in words])
+
+
+def test_by_schema(server, tmp_path):
+    "schemathesis makes requests out of the OpenAPI document: nothing it thinks of is answered by 5xx or undocumented"
+    pytest.importorskip("schemathesis")
+    exe = Path(sys.executable).with_name("schemathesis")
+    r = subprocess.run([exe, "run", f"{server.at}/openapi.json", "--max-examples", "25", "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+                        "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color"], cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert r.returncode == 0, r.stdout[-5000:] + r.stderr[-1000:]
