@@ -12,20 +12,22 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = '''
-import io, sys
+import io, sys, threading
+from contextlib import nullcontext
 import numpy as np, torch, uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
 from rtdetr_kd.data import open_image, to_square
 from rtdetr_kd.export import open_model
 app, runner = FastAPI(), open_model(sys.argv[1])
+alone = threading.Lock() if runner.backend == "openvino" else nullcontext()  # its infer request is for one caller at a time
 @app.get("/readyz")
 def ready(): return 1
 @app.post("/detect")
 def detect(image: UploadFile):
     im = open_image(Image.open(image.file))
     x = to_square(torch.from_numpy(im.copy()).permute(2, 0, 1), runner.size).permute(1, 2, 0).contiguous().numpy()
-    scores, labels, boxes = (v[0] for v in runner(x[None]))
+    with alone: scores, labels, boxes = (v[0] for v in runner(x[None]))
     keep = scores >= .3
     return dict(detections=[dict(name=runner.names[c], score=float(s), box=[float(v) for v in b]) for s, c, b in zip(scores[keep], labels[keep], boxes[keep])])
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'log', 'CORES', 'FREE', 'ROUTES', 'router', 'BODY', 'BATCH', 'ERRORS', 'EXAMPLE', 'ok', 'SCRIPT', 'PAGE',
-           'ALLOW', 'EMBEDDED', 'Limits', 'Refused', 'refusal', 'header', 'decode', 'square', 'Meters', 'Worker',
-           'Asked', 'asked', 'Detection', 'Answer', 'CocoRow', 'Problem', 'Error', 'Answers', 'listed', 'written',
-           'drawn', 'Service', 'look', 'Door', 'too_long', 'files_of', 'name_of', 'gone', 'in_time', 'pictures',
-           'at_work', 'detect', 'detect_batch', 'asyncio_all', 'healthz', 'readyz', 'model', 'metrics', 'page',
-           'reload', 'life', 'create_app', 'arguments', 'main']
+           'ALLOW', 'EMBEDDED', 'Limits', 'Refused', 'refusal', 'header', 'decode', 'square', 'Meters', 'warm',
+           'Worker', 'Asked', 'asked', 'Detection', 'Answer', 'CocoRow', 'Problem', 'Error', 'Answers', 'listed',
+           'written', 'drawn', 'Service', 'look', 'Door', 'too_long', 'files_of', 'name_of', 'gone', 'in_time',
+           'pictures', 'at_work', 'detect', 'detect_batch', 'asyncio_all', 'healthz', 'readyz', 'model', 'metrics',
+           'page', 'reload', 'life', 'create_app', 'arguments', 'main']
 
 # %% ../nbs/26_serve.ipynb #c8df0818
 import argparse, asyncio, base64, hashlib, hmac, io, json, logging, os, queue, re, signal, sys, threading, time, uuid
@@ -98,6 +98,10 @@ class Meters:
         self.reloads = Counter("rtdetr_reloads", "Changes of the weights", ["outcome"], registry=r)
 
 # %% ../nbs/26_serve.ipynb #2b705fec
+def warm(runner: Runner, most: int):
+    "The first call of each batch size is slow: have it now"
+    for n in range(1, most + 1): runner(np.zeros((n, runner.size, runner.size, 3), np.uint8))
+
 class Worker:
     "The one thread that owns the model"
     def __init__(self,
@@ -105,8 +109,10 @@ class Worker:
         limits: Limits,
         meters: Meters,
         coming=lambda: 0,  # pictures in the house, those that wait here included
+        threads: int = 0,  # of an inference, where PyTorch does it
     ):
-        self.runner, self.limits, self.meters, self.coming = runner, limits, meters, coming
+        self.runner, self.limits, self.meters, self.coming, self.threads = runner, limits, meters, coming, threads
+        self.ready = Future()  # done when the model is warm
         self.todo = queue.SimpleQueue()  # of (picture, Future, time); bounded by the room in the house
         self.thread = threading.Thread(target=self.work, name="model", daemon=True)
         self.thread.start()
@@ -128,6 +134,10 @@ class Worker:
 
     def work(self):
         "Until told to stop, and all that came before is done"
+        if self.threads: torch.set_num_threads(self.threads)
+        self.ready.set_running_or_notify_cancel()
+        try: warm(self.runner, self.limits.batch); self.ready.set_result(None)
+        except Exception as e: self.ready.set_exception(e)
         while True:
             items = self.gather()
             live = [i for i in items if i and i[1].set_running_or_notify_cancel()]
@@ -252,7 +262,7 @@ class Service:
         self.limits, self.threshold, self.path, self.options = limits, threshold, path, options or {}
         self.meters, self.taken, self.ready = Meters(), 0, False
         self.pool = ThreadPoolExecutor(CORES, "picture", lambda: torch.set_num_threads(1))
-        self.worker = Worker(runner, limits, self.meters, lambda: self.taken)
+        self.worker = Worker(runner, limits, self.meters, lambda: self.taken, self.options.get("threads", 0))
 
     @contextmanager
     def room(self, n: int):
@@ -267,10 +277,6 @@ class Service:
         def timed():
             with self.meters.stage.labels(stage).time(): return f(*args)
         return await asyncio.get_running_loop().run_in_executor(self.pool, timed)
-
-    def warm(self, runner: Runner):
-        "The first call of each batch size is slow: have it now"
-        for n in range(1, self.limits.batch + 1): runner(np.zeros((n, runner.size, runner.size, 3), np.uint8))
 
     def close(self): self.worker.stop(); self.pool.shutdown(cancel_futures=True)
 
@@ -505,8 +511,9 @@ async def reload(s: Service):
     def fresh():
         new, old = open_model(s.path, **s.options), s.worker.runner
         if (new.names, new.size) != (old.names, old.size): raise ValueError("its classes or its size are others: start a server of its own for it")
-        s.warm(new); return new
-    try: s.worker.runner = await asyncio.to_thread(fresh)
+        warm(new, s.limits.batch); return new
+    try:
+        with ThreadPoolExecutor(1) as own: s.worker.runner = await asyncio.get_running_loop().run_in_executor(own, fresh)
     except Exception as e: s.meters.reloads.labels("refused").inc(); log.error(json.dumps(dict(event="reload refused", why=str(e)[:300]))); return
     s.meters.reloads.labels("ok").inc()
     log.info(json.dumps(dict(event="reloaded", weights=s.worker.runner.about["weights"])))
@@ -515,12 +522,12 @@ async def reload(s: Service):
 async def life(app: FastAPI):
     "Warm up while health already answers; at the end, finish what is there"
     s, tasks = app.state.service, set()
-    async def warm():
-        try: await asyncio.to_thread(s.warm, s.worker.runner)
+    async def waited():
+        try: await asyncio.wrap_future(s.worker.ready)
         except Exception as e: log.error(json.dumps(dict(event="warm-up failed", why=str(e)[:300]))); os.kill(os.getpid(), signal.SIGTERM); return
         s.ready = True; log.info(json.dumps(dict(event="ready", weights=s.worker.runner.about["weights"])))
     def start(work): t = asyncio.ensure_future(work); tasks.add(t); t.add_done_callback(tasks.discard)
-    start(warm())
+    start(waited())
     hup = s.path and hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread()
     if hup: asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: start(reload(s)))
     yield
@@ -575,6 +582,7 @@ def main(words=None):
     a = arguments(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    torch.set_num_threads(1)  # of this thread; the model's own has a.threads
     options = dict(threads=a.threads) | (dict(device=a.device) if a.device else {})
     try: runner = open_model(a.weights, **options)
     except (OSError, ValueError, ImportError) as e: sys.exit(f"Stopped: {e}")
