@@ -78,10 +78,10 @@ class DecoderLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(d, d_ff), nn.Linear(d_ff, d)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
 
-    def forward(self, x, pos, ref, memory, shapes, mask=None):  # (b,q,d), (b,q,d), (b,q,4), (b,n,d)
+    def forward(self, x, pos, ref, memory, shapes, mask=None, look=False):  # (b,q,d), (b,q,d), (b,q,4), (b,n,d)
         q = x + pos
         x = self.norm1(x + self.self_attn(q, q, x, attn_mask=mask, need_weights=False)[0])
-        seen, points, weights = self.cross_attn(x + pos, ref, memory, shapes)
+        seen, points, weights = self.cross_attn(x + pos, ref, memory, shapes, look)
         x = self.norm2(x + seen)
         return self.norm3(x + self.linear2(F.relu(self.linear1(x)))), points, weights
 
@@ -259,12 +259,13 @@ def refine(
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
     every_layer: bool = True,  # answers of all layers, or of the last only (all that inference needs)
+    look: bool = False,  # with dense attention: also points and weights
 ) -> dict:  # lists, an entry a layer: logits (b,q,c), boxes (b,q,4), queries (b,q,d), refs, points, weights
     "Layer by layer: ask, answer, correct the box, ask again from there"
     x, ref, before = q.content, q.ref.sigmoid(), q.ref.sigmoid()
     out = {k: [] for k in ("logits", "boxes", "queries", "refs", "points", "weights")}
     for k, layer in enumerate(dec.decoder.layers):
-        x, points, weights = layer(x, dec.query_pos_head(ref), ref, memory, shapes, q.mask)
+        x, points, weights = layer(x, dec.query_pos_head(ref), ref, memory, shapes, q.mask, look)
         Δ = dec.dec_bbox_head[k](x).float()
         box = (Δ + logit(ref)).sigmoid()
         if every_layer or k == len(dec.decoder.layers) - 1:
@@ -299,8 +300,9 @@ def decode(
     targets: list | None = None,  # in training
     points: tuple | None = None,  # the teacher's cells and boxes: adds the shared group
     every_layer: bool = True,  # answers of all layers, or of the last only
+    look: bool = False,  # with dense attention: also where it looked
 ) -> tuple:  # what `refine` returns, the Queries, positive (b,n_dn) or None, groups, memory (b,n,d), shapes
     "The whole decoder"
     memory, shapes = flatten([proj(m) for proj, m in zip(dec.input_proj, maps)])
     q, positive, g = gather(dec, memory, shapes, targets, points)
-    return refine(dec, q, memory, shapes, every_layer), q, positive, g, memory, shapes
+    return refine(dec, q, memory, shapes, every_layer, look), q, positive, g, memory, shapes

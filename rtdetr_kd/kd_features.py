@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full', 'pair_levels', 'width', 'adapters', 'adapted', 'splat', 'blur', 'attention_map_distance', 'attention_loss',
-           'FeatureKD', 'channel_kl', 'CWD', 'random_mask', 'generator', 'MGD']
+           'attention_map_kl', 'FeatureKD', 'channel_kl', 'CWD', 'random_mask', 'generator', 'MGD']
 
 # %% ../nbs/14_features.ipynb #7fa6c9a0
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distill import Method, foreground, layer_pairs
-from .kd_logits import match_queries
+from .kd_logits import partners
 from .model import RTDETR, Output
 
 # %% ../nbs/14_features.ipynb #e064bb1b
@@ -103,12 +103,23 @@ def attention_loss(
 ) -> Tensor:
     "Distance of attention maps over paired queries, weighted by the teacher's confidence"
     s, t = student.signals, teacher.signals
-    said = lambda v: v.logits[-1] if same_classes else v.logits[-1].amax(-1, keepdim=True)
-    i, q, r = match_queries(said(s), s.boxes[-1], said(t), t.boxes[-1])
+    i, q, r = partners(s, t, same_classes)
     w = foreground(t.logits[-1])[i, r]  # (k,)
     look = lambda v, layer, row: (v.sampling_points[layer][i, row], v.sampling_weights[layer][i, row])
     d = [attention_map_distance(look(s, a, q), look(t, b, r), grid) for a, b in pairs]  # (k,) each
     return (w * torch.stack(d).mean(0)).sum() / w.sum().clamp(min=1)
+
+# %% ../nbs/14_features.ipynb #9a776f6e
+def attention_map_kl(
+    s: tuple,  # sampling points (...,heads,levels,p,2) and weights (...,heads,levels,p)
+    t: tuple,  # of the teacher; heads, levels and points may differ
+    grid: int = 20,  # cells in a row and in a column
+    floor: float = 1e-4,  # added to both maps
+) -> Tensor:  # (...)
+    "KL(teacher's blurred map ‖ student's)"
+    a, b = (blur(splat(*v, grid, grid)).flatten(-2) + floor for v in (s, t))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    return (b * (b / a).log()).sum(-1)
 
 # %% ../nbs/14_features.ipynb #0ae1b295
 class FeatureKD(Method):
@@ -122,17 +133,16 @@ class FeatureKD(Method):
         grid: int = 20,  # cells a side of an attention map
     ):
         super().__init__()
-        self.adapters = adapters(student, teacher)
+        self.adapters, self.looks = adapters(student, teacher), attention > 0
         self.pairs = layer_pairs(student.spec.layers, teacher.spec.layers)
         self.same_classes = student.spec.names == teacher.spec.names
         self.feature, self.attention, self.grid = feature, attention, grid
 
     def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
-        "The term kd_feature and, with deformable attention on both sides, kd_attention_map"
+        "The terms kd_feature and kd_attention_map"
         apart = [F.mse_loss(s, t) for s, t in adapted(student, teacher, self.adapters)]
         terms = dict(kd_feature=self.feature * torch.stack(apart).mean())
-        points = student.signals.sampling_points is not None and teacher.signals.sampling_points is not None
-        if self.attention and points:
+        if self.looks:
             d = attention_loss(student, teacher, self.pairs, self.grid, self.same_classes)
             terms["kd_attention_map"] = self.attention * d
         return terms

@@ -74,7 +74,7 @@ class Signals:
     boxes: Tensor  # (l,b,q,4) cxcywh
     index: Tensor  # (b,q) the cells that query selection chose
     shapes: tuple  # (h,w) of each level
-    sampling_points: Tensor | None = None  # (l,b,q,heads,levels,p,2) fractions of the image; None with dense attention
+    sampling_points: Tensor | None = None  # (l,b,q,heads,levels,p,2) fractions of the image; (l,b,q,1,1,n,2) or None with dense attention
     sampling_weights: Tensor | None = None  # (l,b,q,heads,levels,p)
 
 # %% ../nbs/07_model.ipynb #93496352
@@ -126,11 +126,12 @@ class RTDETR(nn.Module):
         targets: list | None = None,  # dicts of labels (n,) and boxes (n,4): adds denoising and auxiliary outputs
         capture: bool = False,  # fill `signals`
         points: tuple | None = None,  # teacher's cells (b,k) and boxes (b,k,4): fills `shared`
+        look: bool = False,  # with dense attention: also capture where it looked
     ) -> Output:
         maps = self.encoder(self.backbone(images))  # (b,d,h,w) each
         answer = self.spec.answer if targets is None else -1
         everything = targets is not None or capture or points is not None or answer != -1
-        r, q, positive, g, _, shapes = decode(self.decoder, maps, targets, points, everything)
+        r, q, positive, g, _, shapes = decode(self.decoder, maps, targets, points, everything, look)
         return pack(r, q, positive, g, maps, shapes, capture, answer)
 
 # %% ../nbs/07_model.ipynb #b21a7ebb

@@ -335,9 +335,13 @@ def init_from(
             f"which start anew for {len(model.spec.names)} classes")
 
 # %% ../nbs/08_weights.ipynb #d4dff484
-def fingerprint(path) -> str:
-    "The first 12 digits of a file's SHA-256"
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+def fingerprint(*paths) -> str:
+    "The first 12 digits of the SHA-256 of one or more files"
+    h = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20): h.update(piece)
+    return h.hexdigest()[:12]
 
 def weights_mark(model: RTDETR) -> str:
     "The first 12 digits of the SHA-256 of a model's weights, wherever they came from"

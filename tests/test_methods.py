@@ -1,51 +1,165 @@
-"Every method trains, and moves what it should: the student and its own adapters, never the teacher"
+"Every method on every pair of architectures: each named term is finite and moves what it should, and only the student's"
+import json
+
 import pytest
 import torch
 
 from rtdetr_kd.config import configure
 from rtdetr_kd.kd_schedules import METHODS
-from rtdetr_kd.learner import Learner
+from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.weights import save_model, weights_mark
+from rtdetr_kd.weights import read_file, save_model, weights_mark
 
 NAMES = "zero one two three four five six seven eight nine".split()
-TEACHERS = dict(same=SIZES["toy"], wider_and_deeper=SIZES["toy_teacher"] | dict(queries=60, layers=4, width=16), dense=SIZES["toy"] | dict(attention="dense"))
+TEACHERS = dict(toy=SIZES["toy"], wider=SIZES["toy_teacher"] | dict(queries=60, layers=4, width=16), r50=SIZES["r50"], three=SIZES["toy"] | dict(queries=300),
+                dense=SIZES["toy"] | dict(attention="dense"))
+PAIRS = dict(same=(dict(size="toy"), "toy"), r18_from_r50=(dict(size="r18"), "r50"), widths_and_layers=(dict(size="toy"), "wider"),
+             queries_100_from_300=(dict(size="toy", queries=100, image_size=128), "three"), dense_from_deformable=(dict(size="toy", attention="dense"), "toy"),
+             deformable_from_dense=(dict(size="toy"), "dense"))
+KINDS = {m: dict(method=m) for m in METHODS if m != "none"} | dict(
+    softmax=dict(method="logit", logit_mode="softmax"), stage=dict(method="stage"), sum=dict(method="query+logit"), index=dict(method="query", alignment="index"),
+    hungarian=dict(method="query", alignment="hungarian"), random=dict(method="query", query_points="random"), both=dict(method="query", query_points="both"),
+    last=dict(method="query", kd_layers="last", attention_loss="cosine"), kl=dict(method="query", attention_loss="kl"))
+LOOK = ("cross_attn.sampling_offsets", "cross_attn.attn")
+MOVES = dict(kd_logit=("dec_score_head",), kd_feature=("method",), kd_attention_map=LOOK, kd_cwd=("method",), kd_mgd=("method",), kd_score=("dec_score_head",),
+             kd_box=("dec_bbox_head",), kd_query=("method",), kd_attention=LOOK)  # beside the student's encoder
 
 
-@pytest.fixture(scope="module", params=TEACHERS)
-def teacher(request, tmp_path_factory):
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("teacher") / f"{request.param}.safetensors"
-    save_model(RTDETR(Spec(NAMES, **TEACHERS[request.param] | dict(image_size=64))), path)
-    return path
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    for name, spec in TEACHERS.items():
+        torch.manual_seed(1)
+        save_model(RTDETR(Spec(NAMES, **spec | dict(image_size=128 if name == "three" else 64))), folder / f"{name}.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])
-def test_two_steps(tiny, teacher, tmp_path, method):
-    l = Learner(configure(data=str(tiny), size="toy", method=method, teacher=str(teacher), image_size=64, batch=4, kd_points=20, workers=0, runs=str(tmp_path)))
+def learner(tiny, teachers, tmp_path, pair, **kw):
+    student, teacher = PAIRS[pair]
+    return Learner(configure(**dict(data=str(tiny), teacher=str(teachers / f"{teacher}.safetensors"), image_size=64, batch=2, kd_points=20, lam=1, workers=0, runs=str(tmp_path)) | student | kw))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps(tiny, teachers, tmp_path, kind, pair):
+    l = learner(tiny, teachers, tmp_path, pair, **KINDS[kind])
     mark, before = weights_mark(l.teacher.model), {k: v.clone() for k, v in l.trained.named_parameters()}
-    images, targets = zip(*(l.images[k] for k in range(4)))
+    images, targets = zip(*(l.images[k] for k in range(2)))
     for _ in range(2): terms = l.one_step(torch.stack(images), list(targets))
     kd = {k: v for k, v in terms.items() if k.startswith("kd_")}
-    assert kd and all(v.isfinite() for v in kd.values()) and sum(kd.values()) > 0
-    moved = [k for k, v in l.trained.named_parameters() if not torch.equal(v, before[k])]
-    assert any(k.startswith("model.encoder") for k in moved) and weights_mark(l.teacher.model) == mark and not l.teacher.model.training
-    l.opt.zero_grad(set_to_none=True)  # the distillation terms alone reach the student
+    assert kd and all(v.isfinite() for v in kd.values())
+    assert any(k.startswith("model.encoder") and not torch.equal(v, before[k]) for k, v in l.trained.named_parameters())
     torch.manual_seed(0)
     terms = l.losses(torch.stack(images).float() / 255, list(targets))
-    sum(v for k, v in terms.items() if k.startswith("kd_")).backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in l.model.parameters())
-    assert all(p.grad is None for p in l.teacher.model.parameters())
-    empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 4
+    for k in kd:  # each term alone
+        l.opt.zero_grad(set_to_none=True)
+        terms[k].backward(retain_graph=True)
+        moved = [n for n, p in l.trained.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        if not (k == "kd_attention" and kind == "index"): assert any(n.startswith(("model.encoder", "model.backbone")) for n in moved), k
+        assert any(part in n for n in moved for part in MOVES[k]), (k, moved[:5])
+    assert all(p.grad is None for p in l.teacher.model.parameters()) and weights_mark(l.teacher.model) == mark and not l.teacher.model.training
+    empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 2
     assert all(v.isfinite() for v in l.one_step(torch.stack(images), empty).values())  # a batch without boxes
 
 
-@pytest.mark.parametrize("settings", [dict(size="lite"), dict(size="lite", attention="dense"), dict(size="lite", attention="discrete"), dict(size="r18"), dict(size="resnet10t")],
+@pytest.mark.parametrize("settings", [dict(size="lite"), dict(size="lite", attention="dense"), dict(size="lite", attention="discrete"), dict(size="resnet10t")],
                          ids=lambda s: "-".join(s.values()))
-def test_other_students(tiny, teacher, tmp_path, capsys, settings):
-    "Two levels, dense and discrete attention, a canonical R18, a timm backbone: each learns from the teacher's questions, and what is left out is said"
-    l = Learner(configure(data=str(tiny), method="query", teacher=str(teacher), image_size=64, batch=2, kd_points=10, workers=0, runs=str(tmp_path), **settings))
+def test_other_students(tiny, teachers, tmp_path, settings):
+    "Two levels, dense and discrete attention, a timm backbone: each learns from the teacher's questions"
+    l = learner(tiny, teachers, tmp_path, "widths_and_layers", method="query", **settings)
     images, targets = zip(*(l.images[k] for k in range(2)))
     terms = l.one_step(torch.stack(images), list(targets))
-    assert all(v.isfinite() for v in terms.values()) and terms["kd_query"] > 0  # boxes of two untrained nets are the same anchors
-    assert ("kd_attention" in terms) != ("leaves its attention term out" in capsys.readouterr().out)
+    assert all(v.isfinite() for v in terms.values()) and terms["kd_query"] > 0 and terms["kd_attention"] > 0
+
+
+def test_attention_is_captured_only_for_who_compares_it(tiny, teachers, tmp_path):
+    for method, looks in (("logit", False), ("cwd", False), ("query", True), ("feature", True)):
+        l = learner(tiny, teachers, tmp_path, "deformable_from_dense", method=method)
+        asked = []
+        for layer in l.teacher.model.decoder.decoder.layers: layer.cross_attn.attn.register_forward_pre_hook(lambda m, a, kw: asked.append(kw["need_weights"]), with_kwargs=True)
+        l.losses(torch.rand(2, 3, 64, 64), [l.images[k][1] for k in range(2)])
+        assert asked == [looks] * 3, method
+
+
+def test_questions_by_lot_change_each_step_and_follow_the_seed(tiny, teachers, tmp_path):
+    l = learner(tiny, teachers, tmp_path, "same", method="query", query_points="both")
+    images, targets = zip(*(l.images[k] for k in range(2)))
+    seen = []
+    for _ in range(2): l.one_step(torch.stack(images), list(targets)); seen.append(l.lots[0])
+    again = learner(tiny, teachers, tmp_path, "same", method="query", query_points="both")
+    again.one_step(torch.stack(images), list(targets))
+    assert not torch.equal(*seen) and torch.equal(again.lots[0], seen[0])
+
+
+def settings(tiny, teachers, tmp_path, **kw):
+    return configure(**dict(data=str(tiny), size="toy", teacher=str(teachers / "wider.safetensors"), method="query", image_size=64, batch=8, epochs=2, eval_every=1, warmup=2, pilot=6,
+                            kd_points=10, workers=0, runs=str(tmp_path)) | kw)
+
+
+def test_the_default_sets_lam_by_the_share_of_the_gradient(tiny, teachers, tmp_path, monkeypatch):
+    monkeypatch.setenv("RTDETR_KD_CACHE", str(tmp_path / "cache"))
+    metrics = train(settings(tiny, teachers, tmp_path, name="a"))
+    stages = metrics["strength"]["stages"]
+    assert metrics["lam"] > 0 and sorted(s["share"] for s in stages)[1] == pytest.approx(.2) and [s["step"] for s in stages] == [2, 4, 6]
+    other = train(settings(tiny, teachers, tmp_path, name="b", seed=1))
+    assert other["lam"] == metrics["lam"] and other["AP"] != metrics["AP"] or other["select_AP"] >= 0  # seeds share one λ
+    half = train(settings(tiny, teachers, tmp_path, name="c", rho=.5))
+    assert half["lam"] == pytest.approx(4 * metrics["lam"])  # ρ/(1-ρ): from 1/4 to 1; the pilot is not run again
+    log = [json.loads(r) for r in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert all(r["lam"] == metrics["lam"] for r in log)
+
+
+@pytest.mark.parametrize("kw", [dict(lam="adaptive"), dict(method="stage"), dict(method="query+cwd", lam="2")])
+def test_resume_with_adapters_and_a_moving_lam(tiny, teachers, tmp_path, monkeypatch, kw):
+    "Interrupted in the second of three epochs: λ, scales and adapters go on as they were"
+    monkeypatch.setenv("RTDETR_KD_CACHE", str(tmp_path / "cache"))
+    c = lambda where: settings(tiny, teachers, tmp_path / where, name="run", epochs=3, **kw)
+    train(c("whole"))
+
+    class Killed(Exception): pass
+    l = Learner(c("cut"))
+    step, n = l.one_step, [0]
+    def dying(*a):
+        n[0] += 1
+        if n[0] == 5: raise Killed
+        return step(*a)
+    l.one_step = dying
+    with pytest.raises(Killed): l.fit()
+    train(c("cut"))
+    a, b = (torch.load(tmp_path / w / "run/last/state.pt", weights_only=True) for w in ("whole", "cut"))
+    assert a["lam"] == b["lam"] and all(torch.equal(v, b["trained"][k]) for k, v in a["trained"].items())
+    assert any(k.startswith("method.") for k in a["trained"])
+    log = [json.loads(r) for r in (tmp_path / "cut/run/log.jsonl").read_text().splitlines()]
+    assert (len({r["lam"] for r in log}) > 1) == (kw.get("lam") == "adaptive")
+    assert not any(k.startswith(("method", "teacher")) for k in read_file(tmp_path / "cut/run/best.safetensors")[0])  # the student alone
+
+
+def test_cached_answers_are_the_live_ones(tiny, teachers, tmp_path, monkeypatch):
+    monkeypatch.setenv("RTDETR_KD_CACHE", str(tmp_path / "cache"))
+    for method in ("query", "logit", "feature", "query+mgd"):
+        kw = dict(method=method, lam=1, photometric=.5, hflip=.5, zoom_out=.5, iou_crop=.5)
+        live, kept = (Learner(settings(tiny, teachers, tmp_path, cache=c, **kw)) for c in ("none", "disk"))
+        kept.open_cache()
+        kept.epoch = 6  # the third of four views
+        images, targets = zip(*(kept.images[(2, k)] for k in range(4)))
+        terms = []
+        for l in (live, kept):
+            torch.manual_seed(0)
+            terms.append(l.losses(torch.stack(images).float() / 255, list(targets)))
+        for k, v in terms[0].items(): assert v.item() == pytest.approx(terms[1][k].item(), rel=5e-3, abs=1e-3), (method, k)
+
+
+def test_an_untrained_teacher_is_a_control(tiny, tmp_path):
+    l = Learner(configure(data=str(tiny), size="toy", method="query", teacher="random:toy", image_size=64, batch=8, lam=1, runs=str(tmp_path)))
+    assert l.teacher_about["select_AP"] < .05
+    with pytest.raises(ValueError, match="random:toyy.*did you mean"): configure(method="query", teacher="random:toyy")
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(method="query+none"), "a sum of different ones"), (dict(method="logit+logit"), "a sum of different ones"), (dict(lam="-1"), "lam='-1': must be auto, adaptive"),
+    (dict(lam="much"), "must be auto, adaptive"), (dict(method="query", alignment="indx"), "did you mean 'index'"), (dict(method="stage", stage_shape="cos"), "cosine_inverse"),
+    (dict(method="query", alignment="index", query_points="both", cache="none"), "only shared queries"), (dict(method="query", query_points="both"), "need a live teacher"),
+    (dict(logit_mode="soft"), "binary, softmax"), (dict(rho=1), "rho=1"),
+])
+def test_settings_of_distillation_that_cannot_work(given, says):
+    with pytest.raises(ValueError, match=says): configure(**given)

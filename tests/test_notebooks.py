@@ -54,7 +54,7 @@ def test_imports_go_to_lower_numbers():
     number = {}
     for path in NBS:
         exp = re.search(r"#\| default_exp (\w+)", "".join("".join(c["source"]) + "\n" for c in code(path)))
-        if exp: number[exp[1]] = path.name[:2]
+        if exp: number[exp[1]] = path.stem
     for module, n in number.items():
         for node in ast.walk(ast.parse((ROOT / f"rtdetr_kd/{module}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("rtdetr_kd")):

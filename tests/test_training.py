@@ -92,7 +92,7 @@ def test_every_weight_is_trained(tiny, tmp_path):
 @pytest.mark.parametrize("given, says", [
     (dict(lr="fast"), "lr='fast': must be a number"), (dict(resume="maybe"), "True or False"), (dict(batch=0), "batch=0"),
     (dict(epochs=1.5), "epochs=1.5"), (dict(size="r17"), "size='r17'"), (dict(teacher="no.safetensors"), "no such weights file"),
-    (dict(seed=True), "seed=True"), (dict(lam=float("nan")), "lam=nan"), (dict(method="query", data="."), "needs a teacher"),
+    (dict(seed=True), "seed=True"), (dict(lam=float("nan")), "lam='nan'"), (dict(method="query", data="."), "needs a teacher"),
 ])
 def test_bad_settings(given, says):
     with pytest.raises(ValueError, match=says): configure(**given)
@@ -146,3 +146,25 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_a_state(tiny, tmp_path, mo
     train(config(tiny, tmp_path))
     train(config(tiny, tmp_path / "whole"))
     assert equal(weights(tmp_path)["trained"], weights(tmp_path / "whole")["trained"])
+
+
+def test_twenty_kills(tiny, tmp_path):
+    "kill -9 at any moment, and the same command again: bit for bit the undisturbed run"
+    import multiprocessing, random, time
+    c = lambda where: config(tiny, tmp_path / where, epochs=8, save_minutes=1e-6)  # a state after each step
+    start = time.time()
+    train(c("whole"))
+    whole, rng, kills = time.time() - start, random.Random(0), 0
+    context = multiprocessing.get_context("fork")
+    while not (tmp_path / "cut/run/metrics.json").exists():
+        p = context.Process(target=train, args=(c("cut"),))
+        p.start()
+        p.join(timeout=rng.uniform(.02, .12 * whole) if kills < 20 else None)
+        if p.is_alive(): p.kill(); kills += 1
+        else: assert p.exitcode == 0
+        p.join()
+    assert kills == 20, kills
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for k in ("trained", "ema", "ema_n", "opt", "step", "best"): assert equal(a[k], b[k]), k
+    rows = [[json.loads(r) for r in (tmp_path / w / "run/log.jsonl").read_text().splitlines()] for w in ("whole", "cut")]
+    for x, y in zip(*rows, strict=True): assert x["loss"] == y["loss"] and x["select_AP"] == y["select_AP"]
