@@ -1,8 +1,10 @@
 """Throughput and latency of the server under load, beside the bare runtime and a plain FastAPI handler
 
-python bench/serve.py [--weights W] [--clients 16] [--seconds 8] [--rounds 3] [--threads 1] [--soak 10000] [--out runs/published/serve.json]
+python bench/serve.py [--weights W] [--clients 16] [--seconds 8] [--rounds 3] [--threads 1] [--soak 10000] [--out bench/serve_toy.json]
 
-Rounds alternate: server, plain handler, bare runtime at the batch size that the server's batches had in the mean.
+Rounds alternate: server, plain handler, bare runtime at the batch size that the server's batches had in the mean, the same with the file decoded
+and resized for every image (what a server cannot spare), and the bare runtime at one image a call. The plain handler is what a person writes first:
+`async def`, the model called in it, with the runtime's own number of threads.
 The clients run on the same machine and take their share of its cores; the figures include that.
 """
 import argparse, asyncio, json, os, platform, re, socket, statistics, subprocess, sys, time, urllib.request
@@ -12,24 +14,22 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = '''
-import io, sys, threading
-from contextlib import nullcontext
-import numpy as np, torch, uvicorn
+import io, sys
+import numpy as np, uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
-from rtdetr_kd.data import open_image, to_square
 from rtdetr_kd.export import open_model
-app, runner = FastAPI(), open_model(sys.argv[1])
-alone = threading.Lock() if runner.backend == "openvino" else nullcontext()  # its infer request is for one caller at a time
+app, runner = FastAPI(), open_model(sys.argv[1])  # with the runtime's own number of threads
 @app.get("/readyz")
 def ready(): return 1
 @app.post("/detect")
-def detect(image: UploadFile):
-    im = open_image(Image.open(image.file))
-    x = to_square(torch.from_numpy(im.copy()).permute(2, 0, 1), runner.size).permute(1, 2, 0).contiguous().numpy()
-    with alone: scores, labels, boxes = (v[0] for v in runner(x[None]))
+async def detect(image: UploadFile):
+    im = Image.open(io.BytesIO(await image.read())).convert("RGB")
+    x = np.asarray(im.resize((runner.size, runner.size)))
+    scores, labels, boxes = (v[0] for v in runner(x[None]))
     keep = scores >= .3
-    return dict(detections=[dict(name=runner.names[c], score=float(s), box=[float(v) for v in b]) for s, c, b in zip(scores[keep], labels[keep], boxes[keep])])
+    return dict(detections=[dict(name=runner.names[c], score=float(s), box=[float(v) for v in b])
+                            for s, c, b in zip(scores[keep], labels[keep], boxes[keep])])
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 '''
 
@@ -75,23 +75,28 @@ def meter(port, name): return float(re.search(rf"^{name} (\S+)", urllib.request.
 def rss(p): return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p.pid}/status").read_text())[1]) / 1024
 
 
-def bare(runner, n, seconds) -> float:
-    x, k, t = np.random.default_rng(0).integers(0, 256, (n, runner.size, runner.size, 3), np.uint8), 0, time.perf_counter()
-    while time.perf_counter() < t + seconds: runner(x); k += n
+def bare(runner, n, seconds, data=None) -> float:
+    "The runtime in a loop at `n` images a call; with a file's `data`, every image is decoded first, in the same loop"
+    from rtdetr_kd.batching import Limits, decode, square
+    x, k, L, t = np.random.default_rng(0).integers(0, 256, (n, runner.size, runner.size, 3), np.uint8), 0, Limits(), time.perf_counter()
+    while time.perf_counter() < t + seconds:
+        runner(np.stack([square(decode(data, L)[0], runner.size) for _ in range(n)]) if data else x); k += n
     return k / (time.perf_counter() - t)
+
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", default=ROOT / "weights/toy_student.safetensors"); p.add_argument("--clients", type=int, default=16)
     p.add_argument("--seconds", type=float, default=8); p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--threads", type=int, default=0, help="of the server's inference; 0: its default")
+    p.add_argument("--threads", type=int, default=0, help="of an inference, the server's and the bare runtime's; 0: the cores")
+    p.add_argument("--photo", default=ROOT / "figures/scene.jpg")
     p.add_argument("--soak", type=int, default=0); p.add_argument("--out")
     a = p.parse_args()
     sys.path.insert(0, str(ROOT))
     from rtdetr_kd.export import open_model
-    cores, data = len(os.sched_getaffinity(0)), request((ROOT / "figures/scene.jpg").read_bytes())
-    runner = open_model(a.weights, threads=cores)
+    cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
+    runner = open_model(a.weights, threads=a.threads or cores)
     ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *(["--threads", a.threads] if a.threads else [])])
     plain, other = start(["-c", PLAIN, a.weights, "PORT"])
     rows = []
@@ -103,13 +108,15 @@ def main():
             server = asyncio.run(load(port, data, a.clients, a.seconds))
             images, calls = (meter(port, f"rtdetr_batch_size_{k}") - b for k, b in zip(("sum", "count"), before))
             rows.append(dict(server=server, plain=asyncio.run(load(other, data, a.clients, a.seconds)), batch=images / calls,
-                             bare=bare(runner, max(1, round(images / calls)), a.seconds), alone=asyncio.run(load(port, data, 1, 2))))
+                             bare=bare(runner, max(1, round(images / calls)), a.seconds),
+                             bare_decoding=bare(runner, max(1, round(images / calls)), a.seconds, Path(a.photo).read_bytes()), bare_one=bare(runner, 1, a.seconds / 2), alone=asyncio.run(load(port, data, 1, 2))))
             print(json.dumps(rows[-1]), flush=True)
         plain.terminate()
         mid = lambda f: round(statistics.median(map(f, rows)), 3)
         out = dict(weights=Path(a.weights).name, backend=runner.backend, size=runner.size, clients=a.clients, cores=cores, load_before=os.getloadavg()[0],
                    machine=next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()),
-                   server_to_bare=mid(lambda r: r["server"]["per_second"] / r["bare"]), server_to_plain=mid(lambda r: r["server"]["per_second"] / r["plain"]["per_second"]),
+                   server_to_bare=mid(lambda r: r["server"]["per_second"] / r["bare"]), server_to_bare_decoding=mid(lambda r: r["server"]["per_second"] / r["bare_decoding"]), batch_to_one=mid(lambda r: r["bare"] / r["bare_one"]),
+                   server_to_plain=mid(lambda r: r["server"]["per_second"] / r["plain"]["per_second"]),
                    p99_to_p50=mid(lambda r: r["server"]["p99"] / r["server"]["p50"]), rounds=rows)
         if a.soak:
             asyncio.run(load(port, data, a.clients, 1e9, a.soak // 10)); first = rss(ours)
