@@ -72,7 +72,10 @@ async def load(port, data, clients, seconds, count=10**9) -> dict:
 def meter(port, name): return float(re.search(rf"^{name} (\S+)", urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode(), re.M)[1])
 
 
-def rss(p): return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p.pid}/status").read_text())[1]) / 1024
+def rss(p) -> float:
+    "MB of a process and its children"
+    all_ = [p.pid, *map(int, Path(f"/proc/{p.pid}/task/{p.pid}/children").read_text().split())]
+    return sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{k}/status").read_text())[1]) for k in all_) / 1024
 
 
 def bare(runner, n, seconds, data=None) -> float:
@@ -89,14 +92,14 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--weights", default=ROOT / "weights/toy_student.safetensors"); p.add_argument("--clients", type=int, default=16)
     p.add_argument("--seconds", type=float, default=8); p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--threads", type=int, default=0, help="of an inference, the server's and the bare runtime's; 0: the cores")
+    p.add_argument("--threads", type=int, default=0, help="of the server's inference; 0: it chooses")
     p.add_argument("--photo", default=ROOT / "figures/scene.jpg")
     p.add_argument("--soak", type=int, default=0); p.add_argument("--out")
     a = p.parse_args()
     sys.path.insert(0, str(ROOT))
     from rtdetr_kd.export import open_model
     cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
-    runner = open_model(a.weights, threads=a.threads or cores)
+    runner = open_model(a.weights, threads=cores)
     ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *(["--threads", a.threads] if a.threads else [])])
     plain, other = start(["-c", PLAIN, a.weights, "PORT"])
     rows = []

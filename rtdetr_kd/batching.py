@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'log', 'CORES', 'Limits', 'Refused', 'header', 'decode', '
            'listed', 'written', 'drawn', 'Service', 'look']
 
 # %% ../nbs/26_batching.ipynb #ad2877ea
-import asyncio, io, logging, os, queue, threading, time
+import asyncio, io, logging, os, queue, signal, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +140,7 @@ class Worker:
         except Exception as e:
             for _, f, _ in items:
                 if not f.done(): f.set_exception(e)
+            if isinstance(e, EOFError): os.kill(os.getpid(), signal.SIGTERM)  # nothing can compute here any more
 
 # %% ../nbs/26_batching.ipynb #cfbd16df
 @dataclass

@@ -6,15 +6,16 @@
 __all__ = ['FREE', 'ROUTES', 'router', 'BODY', 'BATCH', 'ERRORS', 'EXAMPLE', 'ok', 'EMBEDDED', 'refusal', 'asked', 'Detection',
            'Answer', 'CocoRow', 'Problem', 'Error', 'Answers', 'Door', 'too_long', 'files_of', 'name_of', 'gone',
            'in_time', 'pictures', 'at_work', 'detect', 'detect_batch', 'asyncio_all', 'healthz', 'readyz', 'model',
-           'metrics', 'page', 'reload', 'life', 'create_app', 'arguments', 'main']
+           'metrics', 'page', 'reload', 'life', 'create_app', 'arguments', 'seconds', 'open_fit', 'main']
 
 # %% ../nbs/26_serve.ipynb #c8df0818
-import argparse, asyncio, hmac, json, logging, os, re, signal, sys, threading, time, uuid
+import argparse, asyncio, gc, hmac, json, logging, os, re, signal, sys, threading, time, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
@@ -25,8 +26,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from .apart import open_served
 from .batching import CORES, Asked, Limits, Refused, Service, log, look, warm
-from .export import Runner, open_model
+from .export import Runner
 from .page import ALLOW, PAGE
 
 # %% ../nbs/26_serve.ipynb #f5605237
@@ -256,7 +258,7 @@ async def page():
 async def reload(s: Service):
     "Open the weights again and serve them, or say why not"
     def fresh():
-        new, old = open_model(s.path, **s.options), s.worker.runner
+        new, old = open_served(s.path, **s.options), s.worker.runner
         if (new.names, new.size) != (old.names, old.size): raise ValueError("its classes or its size are others: start a server of its own for it")
         warm(new, s.limits.batch); return new
     try:
@@ -272,6 +274,7 @@ async def life(app: FastAPI):
     async def waited():
         try: await asyncio.wrap_future(s.worker.ready)
         except Exception as e: log.error(json.dumps(dict(event="warm-up failed", why=str(e)[:300]))); os.kill(os.getpid(), signal.SIGTERM); return
+        gc.collect(); gc.freeze()
         s.ready = True; log.info(json.dumps(dict(event="ready", weights=s.worker.runner.about["weights"])))
     def start(work): t = asyncio.ensure_future(work); tasks.add(t); t.add_done_callback(tasks.discard)
     start(waited())
@@ -314,7 +317,7 @@ def arguments(words=None):
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=8000)
     p.add_argument("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
-    p.add_argument("--threads", type=int, default=CORES, help="of one inference")
+    p.add_argument("--threads", type=int, default=0, help="of one inference; 0: all cores, or one fewer where that is no slower")
     p.add_argument("--threshold", type=float, default=.3, help="where a request names none")
     p.add_argument("--token", default=os.environ.get("RTDETR_KD_TOKEN", ""), help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items(): p.add_argument(f"--max-{k}" if k not in ("wait",) else f"--{k}", dest=k, type=type(v), default=v)
@@ -324,17 +327,35 @@ def arguments(words=None):
     if small: p.error(f"--max-{small[0]} {getattr(a, small[0])}: must be above 0")
     return a
 
+def seconds(runner: Runner) -> float:
+    "Of a call with two pictures, at best"
+    x, took = np.zeros((2, runner.size, runner.size, 3), np.uint8), []
+    for _ in range(4): t = time.perf_counter(); runner(x); took.append(time.perf_counter() - t)
+    return min(took[1:])
+
+def open_fit(
+    path,
+    cores: int,
+    **options,  # of `open_model`
+) -> tuple:  # a Runner, how many threads it has
+    "A model with all cores, or with one fewer, if the last brings less than a quarter: the server needs one, too"
+    all_ = open_served(path, threads=cores, **options)
+    if cores == 1 or options.get("device", "cpu") != "cpu": return all_, cores
+    fewer = open_served(path, threads=cores - 1, **options)
+    return (fewer, cores - 1) if seconds(fewer) < 1.25 * seconds(all_) else (all_, cores)
+
 def main(words=None):
     "Serve until told to stop; what cannot be served stops with one sentence"
     a = arguments(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     torch.set_num_threads(1)  # of this thread; the model's own has a.threads
-    options = dict(threads=a.threads) | (dict(device=a.device) if a.device else {})
-    try: runner = open_model(a.weights, **options)
+    options = dict(device=a.device) if a.device else {}
+    try: runner, threads = (open_served(a.weights, threads=a.threads, **options), a.threads) if a.threads else open_fit(a.weights, CORES, **options)
     except (OSError, ValueError, ImportError) as e: sys.exit(f"Stopped: {e}")
+    options["threads"] = threads
     app = create_app(runner, Limits(**{k: getattr(a, k) for k in vars(Limits())}), a.threshold, a.token, a.weights, options)
-    log.info(json.dumps(dict(event="start", at=f"http://{a.host}:{a.port}", weights=a.weights.name, backend=runner.backend, precision=runner.precision)))
+    log.info(json.dumps(dict(event="start", at=f"http://{a.host}:{a.port}", weights=a.weights.name, backend=runner.backend, precision=runner.precision, threads=threads)))
     uvicorn.run(app, host=a.host, port=a.port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(a.seconds) + 5)
 
 # %% ../nbs/26_serve.ipynb #d3720c2b

@@ -11,8 +11,8 @@ from pathlib import Path
 from ray import serve
 from ray.serve import Application
 
+from .apart import open_served
 from .batching import CORES
-from .export import open_model
 from .serve import EMBEDDED, create_app
 
 # %% ../nbs/26_serve_ray.ipynb #23880142
@@ -23,9 +23,9 @@ def build(
     unknown = set(args) - {"weights", "copies", "cores", "threshold", "token"}
     if unknown: raise ValueError(f"{unknown.pop()}: the options are weights, copies, cores, threshold and token")
     path, cores = Path(args.get("weights", EMBEDDED)).resolve(), int(args.get("cores", CORES))
-    open_model(path)  # complain here, not in a copy's log
+    open_served(path)  # complain here, not in a copy's log
 
-    def app(): return create_app(open_model(path, threads=cores), None, float(args.get("threshold", .3)), args.get("token", ""))
+    def app(): return create_app(open_served(path, threads=cores), None, float(args.get("threshold", .3)), args.get("token", ""))
 
     @serve.deployment(num_replicas=int(args.get("copies", 1)), max_ongoing_requests=64, ray_actor_options=dict(num_cpus=cores))
     @serve.ingress(app)
