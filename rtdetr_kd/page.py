@@ -13,11 +13,14 @@ SCRIPT = """
 const $ = id => document.getElementById(id); let found = [], pic = null, live = null;
 function paint() {
   if (!pic) return; const c = $('c'), g = c.getContext('2d'), t = +$('t').value; $('tv').textContent = t.toFixed(2);
-  c.width = pic.width; c.height = pic.height; g.drawImage(pic, 0, 0);
-  const u = Math.max(2, Math.round(Math.min(c.width, c.height) / 200)); g.lineWidth = u; g.font = 8 * u + 'px sans-serif';
+  const k = Math.max(1, Math.floor(720 / Math.max(pic.width, pic.height)));  // small pictures are shown larger
+  c.width = k * pic.width; c.height = k * pic.height; g.drawImage(pic, 0, 0, c.width, c.height);
+  const u = Math.max(2, Math.round(Math.max(c.width, c.height) / 360)); g.lineWidth = u; g.font = 7 * u + 'px sans-serif'; g.textBaseline = 'top';
   const shown = found.filter(d => d.score >= t);
-  for (const d of shown) { const [x, y, X, Y] = d.box; g.strokeStyle = g.fillStyle = 'hsl(' + d.label * 67 % 360 + ',90%,50%)';
-    g.strokeRect(x, y, X - x, Y - y); g.fillText(d.name + ' ' + d.score.toFixed(2), x + u, Math.max(y - u, 8 * u)); }
+  for (const d of shown) { const [x, y, X, Y] = d.box.map(v => k * v), text = d.name + ' ' + d.score.toFixed(2), w = g.measureText(text).width + 2 * u;
+    const left = Math.max(0, Math.min(x, c.width - w)), top = Math.max(0, y - 8 * u);
+    g.strokeStyle = g.fillStyle = 'hsl(' + d.label * 67 % 360 + ',90%,70%)'; g.strokeRect(x, y, X - x, Y - y);
+    g.fillRect(left, top, w, 8 * u); g.fillStyle = '#000'; g.fillText(text, left + u, top + u / 2); }
   $('s').textContent = shown.length + ' objects';
 }
 async function send(blob) {

@@ -349,7 +349,8 @@ def main(words=None):
     a = arguments(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    torch.set_num_threads(1)  # of this thread; the model's own has a.threads
+    torch.set_num_threads(1)  # of this thread; the model has its own
+    sys.setswitchinterval(.0005)  # the thread that feeds the model waits this long for Python, not 5 ms
     options = dict(device=a.device) if a.device else {}
     try: runner, threads = (open_served(a.weights, threads=a.threads, **options), a.threads) if a.threads else open_fit(a.weights, CORES, **options)
     except (OSError, ValueError, ImportError) as e: sys.exit(f"Stopped: {e}")

@@ -1,5 +1,6 @@
 "The page in a real browser: a picture is chosen, boxes are drawn, the slider hides them; wide and on a phone (skipped without Chromium)"
 import base64, json, os, re, shutil, subprocess, time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ class Browser:
             time.sleep(.1)
         at = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
         page = next(t for t in httpx.get(at, timeout=60).json() if t["type"] == "page")
-        self.ws, self.n, self.faults = ws.connect(page["webSocketDebuggerUrl"], max_size=None), 0, []
+        self.open, self.n, self.faults = ExitStack(), 0, []
+        self.ws = self.open.enter_context(ws.connect(page["webSocketDebuggerUrl"], max_size=None))
         for domain in ("Page", "Runtime", "DOM", "Log"): self(f"{domain}.enable")
 
     def __call__(self, method, **params):
@@ -48,7 +50,7 @@ class Browser:
 
     def shot(self, file): Path(file).write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
 
-    def close(self): self.ws.close(); self.process.terminate(); self.process.wait(30)
+    def close(self): self.open.close(); self.process.terminate(); self.process.wait(30)
 
 
 def test_a_person_drops_a_picture(tmp_path):
