@@ -17,7 +17,7 @@ function paint() {
   c.width = k * pic.width; c.height = k * pic.height; g.drawImage(pic, 0, 0, c.width, c.height);
   const u = Math.max(2, Math.round(Math.max(c.width, c.height) / 360)); g.lineWidth = u; g.font = 7 * u + 'px sans-serif'; g.textBaseline = 'top';
   const shown = found.filter(d => d.score >= t);
-  for (const d of shown) { const [x, y, X, Y] = d.box.map(v => k * v), text = d.name + ' ' + d.score.toFixed(2), w = g.measureText(text).width + 2 * u;
+  for (const d of [...shown].reverse()) { const [x, y, X, Y] = d.box.map(v => k * v), text = d.name + ' ' + d.score.toFixed(2), w = g.measureText(text).width + 2 * u;
     const left = Math.max(0, Math.min(x, c.width - w)), top = Math.max(0, y - 8 * u);
     g.strokeStyle = g.fillStyle = 'hsl(' + d.label * 67 % 360 + ',90%,70%)'; g.strokeRect(x, y, X - x, Y - y);
     g.fillRect(left, top, w, 8 * u); g.fillStyle = '#000'; g.fillText(text, left + u, top + u / 2); }

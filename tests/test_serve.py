@@ -44,7 +44,7 @@ def running(*words, script=None):
 
 @pytest.fixture(scope="module")
 def server():
-    with running() as p: yield p
+    with running("--threads", 1) as p: yield p
 
 
 def family(pid): return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
@@ -253,7 +253,7 @@ def test_token_reload_and_stop(tmp_path):
     "The command with other weights: a token, a limit, SIGHUP while requests run, SIGTERM with one in flight"
     own = tmp_path / "own.safetensors"
     own.write_bytes(TOY.read_bytes())
-    with running("--weights", own, "--token", "secret", "--max-body", 200_000, "--threshold", .9) as p:
+    with running("--weights", own, "--threads", 1, "--token", "secret", "--max-body", 200_000, "--threshold", .9) as p:
         key = dict(headers={"Authorization": "Bearer secret"})
         check_error(post(p), 401, "token"); check_error(post(p, headers={"Authorization": "Bearer secreT"}), 401, "token")
         check_error(httpx.get(f"{p.at}/model"), 401)
@@ -304,7 +304,7 @@ def call(f):
     n = len(f["images"])
     return dict(scores=np.float32([[.9, np.nan if mood == 50 else .8]] * n), labels=np.zeros((n, 2), int), boxes=np.float32([[[.985, .4, 1.085, .6], [0, 0, 1, 1]]] * n))
 about = dict(names=["bolt"], category_ids=[3], size=16, weights="w", precision="fp32", post="fractions")
-app = create_app(Runner(call, about, "test", "fp32"), Limits(room=20, batch=4, seconds=20))
+app = create_app(Runner(call, about, "test", "fp32"), Limits(room=20, batch=10, seconds=20))
 uvicorn.run(app, port=int(sys.argv[1]), log_level="warning")
 '''
 
@@ -350,7 +350,7 @@ def test_busy(moody):
         time.sleep(.1)
     assert "rtdetr_images_in_house 0.0" in text
     t = time.perf_counter(); assert post(moody, mood(0)).status_code == 200
-    assert time.perf_counter() - t < 9                                                         # not behind twelve calls of 3 s
+    assert time.perf_counter() - t < 9                                                         # not behind twelve pictures of 3 s
 
 
 @pytest.mark.parametrize("words, says", [(["--weights", "nope.onnx"], "no such model file"), (["--weights", "a.txt"], "a model file ends in"), (["--weights", "{bad}"], "is no")])
