@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .apart import open_served
+from .apart import is_apart, open_served
 from .batching import CORES, Asked, Limits, Refused, Service, log, look, warm
 from .export import Runner
 from .page import ALLOW, PAGE
@@ -239,9 +239,10 @@ async def readyz(request: Request):
 @router.get("/model", responses={401: ERRORS[401]})
 async def model(request: Request):
     "What is served"
-    r = request.app.state.service.worker.runner
+    s = request.app.state.service
+    r = s.worker.runner
     return dict(names=r.names, category_ids=r.category_ids, size=r.size, weights=r.about["weights"], backend=r.backend,
-                precision=r.precision, threshold=request.app.state.service.threshold)
+                precision=r.precision, threshold=s.threshold, options=s.options)
 
 @router.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
 async def metrics(request: Request):
@@ -260,7 +261,7 @@ async def reload(s: Service):
     def fresh():
         new, old = open_served(s.path, **s.options), s.worker.runner
         if (new.names, new.size) != (old.names, old.size): raise ValueError("its classes or its size are others: start a server of its own for it")
-        warm(new, s.limits.batch); return new
+        warm(new, s.limits.batch, s.options.get("copies", 1)); return new
     try:
         with ThreadPoolExecutor(1) as own: s.worker.runner = await asyncio.get_running_loop().run_in_executor(own, fresh)
     except Exception as e: s.meters.reloads.labels("refused").inc(); log.error(json.dumps(dict(event="reload refused", why=str(e)[:300]))); return
@@ -317,7 +318,8 @@ def arguments(words=None):
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     p.add_argument("--port", type=int, default=8000)
     p.add_argument("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
-    p.add_argument("--threads", type=int, default=0, help="of one inference; 0: all cores, or one fewer where that is no slower")
+    p.add_argument("--threads", type=int, default=0, help="of one inference; 0: what suits the model, timed at the start")
+    p.add_argument("--copies", type=int, default=0, help="of weights on a CPU, each in a process; 0: what suits the model")
     p.add_argument("--threshold", type=float, default=.3, help="where a request names none")
     p.add_argument("--token", default=os.environ.get("RTDETR_KD_TOKEN", ""), help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items(): p.add_argument(f"--max-{k}" if k not in ("wait",) else f"--{k}", dest=k, type=type(v), default=v)
@@ -337,12 +339,14 @@ def open_fit(
     path,
     cores: int,
     **options,  # of `open_model`
-) -> tuple:  # a Runner, how many threads it has
-    "A model with all cores, or with one fewer, if the last brings less than a quarter: the server needs one, too"
-    all_ = open_served(path, threads=cores, **options)
-    if cores == 1 or options.get("device", "cpu") != "cpu": return all_, cores
-    fewer = open_served(path, threads=cores - 1, **options)
-    return (fewer, cores - 1) if seconds(fewer) < 1.25 * seconds(all_) else (all_, cores)
+) -> tuple:  # a Runner, the options it was opened with
+    "A model with all cores; or, if the others bring less than a quarter, a copy for each core (at most four) or one core fewer, for the server"
+    small = dict(threads=1, copies=min(cores, 4)) if is_apart(path, options.get("device", "cpu")) else dict(threads=cores - 1)
+    large = options | dict(threads=cores)
+    a = open_served(path, **large)
+    if cores == 1 or options.get("device", "cpu") != "cpu": return a, large
+    b = open_served(path, **options, **small)
+    return (b, options | small) if seconds(b) < 1.25 * seconds(a) else (a, large)
 
 def main(words=None):
     "Serve until told to stop; what cannot be served stops with one sentence"
@@ -352,11 +356,11 @@ def main(words=None):
     torch.set_num_threads(1)  # of this thread; the model has its own
     sys.setswitchinterval(.0005)  # the thread that feeds the model waits this long for Python, not 5 ms
     options = dict(device=a.device) if a.device else {}
-    try: runner, threads = (open_served(a.weights, threads=a.threads, **options), a.threads) if a.threads else open_fit(a.weights, CORES, **options)
+    asked = options | {k: v for k, v in dict(threads=a.threads, copies=a.copies).items() if v}
+    try: runner, options = (open_served(a.weights, **asked), asked) if a.threads or a.copies else open_fit(a.weights, CORES, **options)
     except (OSError, ValueError, ImportError) as e: sys.exit(f"Stopped: {e}")
-    options["threads"] = threads
     app = create_app(runner, Limits(**{k: getattr(a, k) for k in vars(Limits())}), a.threshold, a.token, a.weights, options)
-    log.info(json.dumps(dict(event="start", at=f"http://{a.host}:{a.port}", weights=a.weights.name, backend=runner.backend, precision=runner.precision, threads=threads)))
+    log.info(json.dumps(dict(event="start", at=f"http://{a.host}:{a.port}", weights=a.weights.name, backend=runner.backend, precision=runner.precision, **options)))
     uvicorn.run(app, host=a.host, port=a.port, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=int(a.seconds) + 5)
 
 # %% ../nbs/26_serve.ipynb #d3720c2b
