@@ -45,9 +45,14 @@ results: $(VENV)/.ready
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
 	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
 
-serve: $(VENV)/.ready
+$(VENV)/.serve: pyproject.toml
+	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'
+	test -x $(BIN)/python || $(PY) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[serve]'
-	$(BIN)/python -m rtdetr_kd.serve $(ARGS)
+	@touch $@
+
+serve: $(VENV)/.serve
+	@$(BIN)/python -m rtdetr_kd.serve $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info _proc _site
