@@ -43,6 +43,7 @@ results: $(VENV)/.ready
 	s=0; for m in cwd feature logit query query+feature; do train -p method $$m -p rho 0.2; done; \
 	for a in index hungarian; do train -p method query -p alignment $$a -p rho 0.2; done
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
+	$(BIN)/python -c 'from rtdetr_kd.export import write_onnx; from rtdetr_kd.weights import load_model; write_onnx(load_model("weights/toy_student.safetensors"), "weights/toy_student.onnx")'
 	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
 
 $(VENV)/.serve: pyproject.toml

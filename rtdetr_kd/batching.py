@@ -94,10 +94,9 @@ class Worker:
         limits: Limits,
         meters: Meters,
         coming=lambda: 0,  # pictures in the house, those that wait here included
-        threads: int = 0,  # of an inference, where PyTorch does it in this process
         copies: int = 1,  # of the model, which compute at the same time
     ):
-        self.runner, self.limits, self.meters, self.coming, self.torch_threads = runner, limits, meters, coming, threads
+        self.runner, self.limits, self.meters, self.coming = runner, limits, meters, coming
         self.ready = Future()  # done when the model is warm
         self.todo = queue.SimpleQueue()  # of (picture, Future, time); bounded by the room in the house
         self.turn, self.inside = threading.Lock(), [0] * copies  # who takes pictures now; how many are in each call
@@ -129,7 +128,6 @@ class Worker:
 
     def work(self, k: int):
         "The `k`th thread: until told to stop"
-        if self.torch_threads: torch.set_num_threads(self.torch_threads)
         with self.turn:
             if not self.ready.done(): self.warm_up()
         while True:
@@ -192,9 +190,11 @@ def written(rows: list, name, w: int, h: int, orientation: int, ask: Asked, runn
 def drawn(image: np.ndarray, rows: list, names: list) -> bytes:
     "The picture with its boxes, as a JPEG"
     im = Image.fromarray(image); d, out = ImageDraw.Draw(im), io.BytesIO()
+    u = max(1, min(im.size) // 200)
     for s, c, b in rows[::-1]:
-        d.rectangle(b, outline=(255, 140, 0), width=max(1, min(im.size) // 200))
-        d.text((b[0] + 2, b[1]), f"{names[c]} {s:.2f}", fill=(255, 140, 0))
+        at, text, font = (b[0] + u, b[1]), f"{names[c]} {s:.2f}", dict(font_size=max(10, 6 * u))
+        d.rectangle(b, outline=(255, 140, 0), width=u)
+        d.rectangle(d.textbbox(at, text, **font), fill=(255, 140, 0)); d.text(at, text, fill=(0, 0, 0), **font)
     im.save(out, "JPEG", quality=90)
     return out.getvalue()
 
@@ -208,7 +208,7 @@ class Service:
         self.limits, self.threshold, self.path, self.options = limits, threshold, path, options or {}
         self.meters, self.taken, self.ready = Meters(), 0, False
         self.pool = ThreadPoolExecutor(CORES, "picture", lambda: torch.set_num_threads(1))
-        self.worker = Worker(runner, limits, self.meters, lambda: self.taken, self.options.get("threads", 0), self.options.get("copies", 1))
+        self.worker = Worker(runner, limits, self.meters, lambda: self.taken, self.options.get("copies", 1))
 
     @contextmanager
     def room(self, n: int):
@@ -239,14 +239,14 @@ async def look(
     "One picture: bytes to an answer; `Refused` with its name"
     def prepare():
         image, turn = decode(data, s.limits)
-        return square(image, runner.size), image.shape[1], image.shape[0], turn, image if draw else None
+        return square(image, runner.size), image.shape[1], image.shape[0], turn
     def finish():
         rows, bad = listed(out, w, h, ask)
         s.meters.nonfinite.inc(bad)
-        return drawn(image, rows, runner.names) if draw else written(rows, name, w, h, turn, ask, runner)
+        return drawn(decode(data, s.limits)[0], rows, runner.names) if draw else written(rows, name, w, h, turn, ask, runner)
     runner = s.worker.runner
     try:
-        x, w, h, turn, image = await s.off("decode", prepare)
+        x, w, h, turn = await s.off("decode", prepare)
         out = await asyncio.wrap_future(s.worker.put(x))
         answer = await s.off("encode", finish) if draw else s.timed("encode", finish)
     except Refused as e: s.meters.images.labels(e.code).inc(); e.image = name; raise

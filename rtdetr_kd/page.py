@@ -31,7 +31,7 @@ async function send(blob) {
 }
 async function camera() {
   if (live) { live.getTracks().forEach(t => t.stop()); live = null; return; }
-  try { live = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}}); } catch (e) { $('s').textContent = 'No camera.'; return; }
+  try { live = await navigator.mediaDevices.getUserMedia({video: {facingMode: 'environment'}}); } catch (e) { $('s').textContent = 'No camera (browsers lend it to https and to localhost only).'; return; }
   const v = document.createElement('video'), f = document.createElement('canvas'); v.srcObject = live; v.muted = true; v.playsInline = true; await v.play();
   while (live) { f.width = v.videoWidth; f.height = v.videoHeight; f.getContext('2d').drawImage(v, 0, 0);
     await send(await new Promise(ok => f.toBlob(ok, 'image/jpeg', .8))); }
