@@ -6,7 +6,7 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY rtdetr_kd rtdetr_kd
 RUN pip install --no-cache-dir -e '.[serve]' && useradd --system --no-create-home serve
-COPY weights/toy_student.safetensors weights/
+COPY weights/toy_student.onnx weights/
 ENV MPLCONFIGDIR=/tmp
 USER serve
 EXPOSE 8000

@@ -80,7 +80,7 @@ class Problem(BaseModel):
     "What went wrong"
     code: str
     message: str
-    image: str | None
+    image: str | None = None
 
 class Error(BaseModel):
     "The one shape of every error"

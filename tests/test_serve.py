@@ -1,5 +1,5 @@
 "The server as a process of its own, with what the world sends it"
-import io, json, os, random, signal, socket, subprocess, sys, time
+import base64, io, json, os, pickle, random, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +13,7 @@ pytest.importorskip("fastapi")
 ROOT = Path(__file__).resolve().parent.parent
 SCENE = (ROOT / "figures/scene.jpg").read_bytes()
 TOY = ROOT / "weights/toy_student.safetensors"
+ONNX = ROOT / "weights/toy_student.onnx"  # what is served without --weights
 
 
 def free_port():
@@ -101,6 +102,18 @@ def test_the_same_as_detect(server, tmp_path, name, data):
         np.testing.assert_allclose([d["score"] for d in a["detections"]], want.scores, atol=1e-3)
 
 
+def test_the_embedded_student():
+    "What is served without --weights is the shipped student"
+    from rtdetr_kd.export import open_model
+    assert open_model(ONNX, threads=1).about["weights"] == open_model(TOY, threads=1).about["weights"], \
+        "weights/toy_student.onnx is not the export of weights/toy_student.safetensors: write_onnx(load_model(...), ...), as in the Makefile's results"
+
+
+def test_the_seeds_command(server):
+    r = subprocess.run(["curl", "-s", "-X", "POST", f"{server.at}/detect", "-F", f"image=@{ROOT}/figures/scene.jpg"], capture_output=True, text=True)
+    assert json.loads(r.stdout)["detections"] == post(server).json()["detections"] != []
+
+
 def test_parameters(server):
     every = post(server, params=dict(threshold=0)).json()["detections"]
     assert len(every) > 20
@@ -113,6 +126,8 @@ def test_parameters(server):
     assert coco[0]["bbox"] == pytest.approx([x, y, X - x, Y - y], abs=.02)
     raw = httpx.post(f"{server.at}/detect", content=SCENE, headers={"Content-Type": "image/jpeg"}, timeout=60)
     assert raw.json()["detections"] == post(server).json()["detections"]
+    raw = httpx.post(f"{server.at}/detect/batch", content=SCENE, headers={"Content-Type": "image/jpeg"}, timeout=60)
+    assert raw.json()["results"][0]["detections"] == post(server).json()["detections"]
     jpeg = post(server, headers={"Accept": "image/jpeg"})
     assert Image.open(io.BytesIO(jpeg.content)).size == scene().size
     for bad in (dict(threshold="nan"), dict(threshold=2), dict(threshold="x"), dict(max_detections=0), dict(max_detections=301), dict(classes="zebra"), dict(format="xml")):
@@ -128,7 +143,7 @@ def test_hostile(server):
         r = httpx.post(f"{server.at}/detect", content=p, headers={"Content-Type": "multipart/form-data; boundary=x"})
         assert 400 <= r.status_code < 500; check_error(r, r.status_code)
     check_error(httpx.post(f"{server.at}/detect", content=b"x", headers={"Content-Type": "multipart/form-data"}), 400)
-    check_error(httpx.post(f"{server.at}/detect", json=dict(image="x")), 415, "content_type")
+    check_error(httpx.post(f"{server.at}/detect", content="x", headers={"Content-Type": "text/plain"}), 415, "content_type")
     check_error(httpx.post(f"{server.at}/detect", files=dict(picture=SCENE)), 422, "missing")
     check_error(httpx.post(f"{server.at}/detect", files=dict(image=(None, "/etc/passwd"))), 422, "missing")
     check_error(httpx.post(f"{server.at}/detect", files=[("image", SCENE)] * 2), 422, "too_many_files")
@@ -136,6 +151,29 @@ def test_hostile(server):
     check_error(httpx.get(f"{server.at}/detect"), 405)
     check_error(httpx.get(f"{server.at}/../../etc/passwd"), 404)
     assert post(server, name="../../evil").json()["image"] == "../../evil" and httpx.get(f"{server.at}/readyz").status_code == 200
+
+
+def test_base64(server):
+    "Data URIs are read; what is not base64 is refused, not skipped over"
+    send = lambda x, path="/detect": httpx.post(server.at + path, json=x, timeout=60)
+    text = base64.b64encode(SCENE).decode()
+    want = post(server).json()["detections"]
+    for t in (text, "data:image/jpeg;base64," + text): assert send(dict(image=t)).json()["detections"] == want
+    assert [r["detections"] for r in send(dict(image=[text, text]), "/detect/batch").json()["results"]] == [want] * 2
+    for bad in ("!!!!aGVsbG8=$$$", "!!!!" + text, "data:image/png;base64", 7, None, [text, 3]): check_error(send(dict(image=bad)), 400, "base64")
+    for bad in ({}, [], "x", dict(images=text)): check_error(send(bad), 422, "missing")
+    check_error(httpx.post(f"{server.at}/detect", content="[" * 100_000, headers={"Content-Type": "application/json"}), 422, "missing")
+    check_error(send(dict(image=[text] * 33), "/detect/batch"), 400); check_error(send(dict(image=[])), 400)
+    check_error(send(dict(image=base64.b64encode(b"hello").decode())), 415, "not_an_image")
+
+
+def test_memory_after_mixed_sizes(server):
+    bodies = [packed(Image.effect_noise((37 * k + 1, 900 - 80 * k), 50), "JPEG") for k in range(11)]
+    with httpx.Client(timeout=60) as c:
+        for k in range(500):
+            assert c.post(f"{server.at}/detect", content=bodies[k % 11], headers={"Content-Type": "image/jpeg"}).status_code == 200
+            if k == 99: before = rss(server)
+    assert rss(server) < before * 1.05
 
 
 def test_colours(server):
@@ -219,7 +257,7 @@ def test_memory_over_many_requests(server):
 
 def test_the_models_process_is_killed():
     "The server says so with errors, and ends, so that whoever started it starts it again"
-    with running("--threads", 1) as p:
+    with running("--weights", TOY, "--threads", 1) as p:
         os.kill(family(p.pid)[1], signal.SIGKILL)
         r = post(p)
         assert r.status_code in (500, 503); check_error(r, r.status_code)
@@ -227,13 +265,15 @@ def test_the_models_process_is_killed():
 
 
 def test_documented(server):
+    "Every answer has a schema and an example that fits it"
     api = httpx.get(f"{server.at}/openapi.json").json()
     for path in ("/detect", "/detect/batch"):
         op = api["paths"][path]["post"]
         assert {"400", "401", "408", "413", "415", "422", "500", "503", "504"} <= set(op["responses"])
         assert "multipart/form-data" in op["requestBody"]["content"] and op["responses"]["200"]["content"]["application/json"]["example"]
         for k, v in op["responses"].items():
-            if k != "200": assert v["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
+            if k != "200": assert v["content"]["application/json"]["schema"]["$ref"].endswith("/Error") and {"code", "message"} <= set(v["content"]["application/json"]["example"]["error"])
+        assert {"multipart/form-data", "image/*", "application/json"} == set(op["requestBody"]["content"])
     for path in ("/healthz", "/readyz", "/model", "/metrics", "/"): assert httpx.get(server.at + path).status_code == 200, path
 
 
@@ -260,7 +300,7 @@ def test_token_reload_and_stop(tmp_path):
         check_error(post(p, bytes(300_000), **key), 413, "too_many_bytes")
         assert all(d["score"] >= .9 for d in post(p, **key).json()["detections"])                # the server's own threshold
         assert any(d["score"] < .9 for d in post(p, params=dict(threshold=.1), **key).json()["detections"])
-        before = httpx.get(f"{p.at}/model", **key).json()["weights"]
+        before = httpx.get(f"{p.at}/model", **key).json()["fingerprint"]
         from safetensors.torch import load_file, save_file
         from safetensors import safe_open
         state = load_file(own)
@@ -272,7 +312,7 @@ def test_token_reload_and_stop(tmp_path):
             p.send_signal(signal.SIGHUP)
             assert {h.result().status_code for h in hits} == {200}
         for _ in range(300):
-            if httpx.get(f"{p.at}/model", **key).json()["weights"] != before: break
+            if httpx.get(f"{p.at}/model", **key).json()["fingerprint"] != before: break
             time.sleep(.1)
         else: pytest.fail("the new weights are not served")
         own.write_bytes(b"damaged"); p.send_signal(signal.SIGHUP)
@@ -353,11 +393,83 @@ def test_busy(moody):
     assert time.perf_counter() - t < 9                                                         # not behind twelve pictures of 3 s
 
 
-@pytest.mark.parametrize("words, says", [(["--weights", "nope.onnx"], "no such model file"), (["--weights", "a.txt"], "a model file ends in"), (["--weights", "{bad}"], "is no")])
+def test_alive_before_it_is_ready():
+    "While the model warms up, the process answers, and says that it is not ready; a time limit is kept; then SIGTERM's way out"
+    from fastapi.testclient import TestClient
+    from rtdetr_kd.export import Runner
+    from rtdetr_kd.serve import Limits, create_app
+    go, about = threading.Event(), dict(names=["a", "b"], category_ids=[1, 2], size=16, weights="w", precision="fp32", post="fractions")
+    def call(f):
+        go.wait(); n = len(f["images"])
+        return dict(scores=np.full((n, 1), .9, np.float32), labels=np.ones((n, 1), int), boxes=np.tile(np.float32([0, 0, 1, 1]), (n, 1, 1)))
+    with TestClient(create_app(Runner(call, about, "test", "fp32"), Limits(seconds=.5))) as c:
+        send = lambda: c.post("/detect", files=dict(image=mood(0)))
+        assert c.get("/healthz").status_code == 200
+        for r in (c.get("/readyz"), send()): check_error(r, 503, "not_ready"); assert r.headers["retry-after"] == "1"
+        go.set()
+        for _ in range(300):
+            if c.get("/readyz").status_code == 200: break
+            time.sleep(.02)
+        assert [d["name"] for d in send().json()["detections"]] == ["b"]                          # the model's own names
+        go.clear(); check_error(send(), 504, "timeout"); go.set()
+
+
+class Payload:
+    def __reduce__(self): return (os.system, ("touch /tmp/rtdetr_kd_payload_ran",))
+
+
+@pytest.mark.parametrize("words, says", [("nope.onnx", "no such model file"), ("a.txt", "a model file ends in"), ("{dir}/bad.onnx", "is no"), ("{dir}/evil.pth", "a model file ends in"),
+                                         ("{dir}/evil.safetensors", "."), ("{dir}/a.engine", "TensorRT is not installed|GPU|build it again")])
 def test_what_cannot_be_served(tmp_path, words, says):
     from rtdetr_kd.serve import main
-    (tmp_path / "bad.onnx").write_bytes(b"bad")
-    with pytest.raises(SystemExit, match=says): main([w.format(bad=tmp_path / "bad.onnx") for w in words])
+    (tmp_path / "bad.onnx").write_bytes(b"bad"); (tmp_path / "a.engine").write_bytes(b"bad")
+    for name in ("evil.pth", "evil.safetensors"): (tmp_path / name).write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(SystemExit, match=says) as e: main(["--port", "0", "--threads", "1", "--weights", words.format(dir=tmp_path)])
+    assert str(e.value).startswith("Stopped: ") and not Path("/tmp/rtdetr_kd_payload_ran").exists()
+
+
+def test_a_port_that_is_taken(capsys):
+    from rtdetr_kd.serve import main
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        with pytest.raises(SystemExit, match="Stopped: .* another --port"): main(["--port", str(s.getsockname()[1])])
+
+
+@pytest.mark.parametrize("kind", ["xml", pytest.param("int8.onnx", marks=pytest.mark.slow), pytest.param("int8.xml", marks=pytest.mark.slow)])
+def test_other_runtimes(tmp_path, kind):
+    "OpenVINO and eight bits behind the same server find what the embedded student finds"
+    pytest.importorskip("openvino"); pytest.importorskip("onnx")
+    from fastapi.testclient import TestClient
+    from rtdetr_kd.apart import open_served
+    from rtdetr_kd.export import overlaps, write_openvino
+    from rtdetr_kd.serve import create_app
+    if kind == "xml": path = write_openvino(ONNX, tmp_path / "m.xml")
+    else:
+        from rtdetr_kd.data import load_data
+        from rtdetr_kd.quantize import calibrate, write_int8
+        path = write_int8(ONNX, tmp_path / f"m.{kind[5:]}", calibrate(ONNX, load_data("toy")["select"], 32), "openvino" if kind == "int8.xml" else "onnxruntime")
+    def found(path):
+        with TestClient(create_app(open_served(path, copies=2, threads=1))) as c:
+            while c.get("/readyz").status_code != 200: time.sleep(.05)
+            assert c.get("/model").json()["precision"].startswith("int8" if "int8" in kind and path != ONNX else "fp32")
+            with ThreadPoolExecutor(4) as pool: rs = list(pool.map(lambda _: c.post("/detect", files=dict(image=SCENE)), range(8)))
+            return [r.json()["detections"] for r in rs][-1]
+    a, b = found(ONNX), found(path)
+    near = overlaps(np.float32([d["box"] for d in a]), np.float32([d["box"] for d in b]))
+    assert all(near[i].max() > (.8 if "int8" in kind else .99) and a[i]["name"] == b[near[i].argmax()]["name"] for i in range(len(a)) if a[i]["score"] > .5)
+
+
+def test_container():
+    "What the Dockerfile copies is there, and the command it gives is one; compose is YAML that says the same"
+    import shlex, yaml
+    from rtdetr_kd.serve import EMBEDDED, arguments
+    lines = [l.split(maxsplit=1) for l in (ROOT / "Dockerfile").read_text().splitlines() if l and l[0] != "#"]
+    copied = [f for k, v in lines if k == "COPY" for f in shlex.split(v)[:-1]]
+    assert all((ROOT / f).exists() for f in copied) and str(EMBEDDED.relative_to(ROOT)) in copied
+    assert not set(copied) & set((ROOT / ".dockerignore").read_text().split())
+    keys = {k: v for k, v in lines}
+    assert arguments(json.loads(keys["CMD"])).host == "0.0.0.0" and keys["USER"] == "serve" and "/readyz" in keys["HEALTHCHECK"]
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["rtdetr_kd"]
+    assert service["build"] == "." and service["read_only"] and service["ports"] == ["127.0.0.1:8000:8000"]
 
 
 def test_by_schema(server, tmp_path):
