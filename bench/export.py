@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from rtdetr_kd.config import root, write_json
-from rtdetr_kd.data import load_data, part
+from rtdetr_kd.annotations import part
+from rtdetr_kd.data import load_data
 from rtdetr_kd.export import write_onnx, write_openvino
 from rtdetr_kd.latency import machine, markdown_table, measure, race, rows_of, write_table
 from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.quantize import calibrate, gate, sensitivity, write_int8
+from rtdetr_kd.calibrate import calibrate
+from rtdetr_kd.quantize import gate, sensitivity, write_int8
 from rtdetr_kd.weights import COCO_NAMES, load_model, save_huggingface, save_model
 
 PUBLISHED = root() / "runs" / "published" / "latency"
@@ -44,7 +46,7 @@ def theirs(model, folder):
         def __init__(self): super().__init__(); self.m = hf
         def forward(self, images): o = self.m(images); return o.logits, o.pred_boxes
     n = model.spec.image_size
-    torch.onnx.export(Outputs(), (torch.rand(1, 3, n, n),), dynamo=True, opset_version=18, input_names=["images"],
+    torch.onnx.export(Outputs().eval(), (torch.rand(1, 3, n, n),), dynamo=True, opset_version=18, input_names=["images"],
                       output_names=["logits", "boxes"], external_data=False, verbose=False).save(folder / "theirs.onnx", external_data=False)
     return folder / "theirs.onnx"
 

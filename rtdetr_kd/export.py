@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'PROVIDERS', 'OPEN', 'about_model', 'read_about', 'whole', 'scope', 'tidy', 'hushed', 'write_onnx',
            'check_pixels', 'Runner', 'feed', 'decoded', 'there', 'open_onnx', 'write_openvino', 'open_openvino',
-           'open_torch', 'open_engine', 'open_model', 'overlaps', 'compare', 'detections', 'runner_ap', 'check_export']
+           'open_torch', 'open_engine', 'open_model']
 
 # %% ../nbs/22_export.ipynb #2e6b2432
 import ast, importlib, json, logging, os, warnings
@@ -14,13 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from . import __version__
+import rtdetr_kd
 from .boxes import to_xyxy
-from .data import Images, Split, in_order, loader
 from .deploy import POSTS, Deployed
-from .evaluate import coco_ap, ground_truth
 from .model import RTDETR, top_detections
 from .weights import load_model, weights_mark
 
@@ -31,7 +28,7 @@ def about_model(model: RTDETR, post: str, precision: str) -> dict:  # texts
     "What must travel with an exported model"
     s = model.spec
     ids = s.category_ids or list(range(len(s.names)))
-    return {FORMAT: __version__, "names": json.dumps(s.names), "category_ids": json.dumps(ids), "size": str(s.image_size),
+    return {FORMAT: rtdetr_kd.__version__, "names": json.dumps(s.names), "category_ids": json.dumps(ids), "size": str(s.image_size),
             "weights": weights_mark(model), "precision": precision, "post": post}
 
 def read_about(
@@ -233,7 +230,7 @@ def open_torch(path, threads: int = 0, device: str = "cpu", precision: str = "",
 def open_engine(path, threads: int = 0, device: str = "cuda", precision: str = "") -> Runner:
     "A TensorRT engine"
     path = there(path)
-    return importlib.import_module("rtdetr_kd.tensorrt").open_engine(path)
+    return importlib.import_module("rtdetr_kd.engine").open_engine(path)
 
 OPEN = {".onnx": open_onnx, ".xml": open_openvino, ".safetensors": open_torch, ".engine": open_engine, ".plan": open_engine}
 
@@ -246,69 +243,3 @@ def open_model(
     kind = Path(path).suffix.lower()
     if kind not in OPEN: raise ValueError(f"{path}: a model file ends in {', '.join(OPEN)}")
     return OPEN[kind](path, threads, **options)
-
-# %% ../nbs/22_export.ipynb #3d1f7a96
-def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # (n,4), (m,4) xyxy -> (n,m)
-    "IoU of each with each"
-    from torchvision.ops import box_iou
-    return box_iou(torch.from_numpy(np.ascontiguousarray(a)).double(), torch.from_numpy(np.ascontiguousarray(b)).double()).numpy()
-
-def compare(
-    a: tuple,  # scores (b,k), labels (b,k), boxes (b,k,4) of the reference
-    b: tuple,  # of another backend
-    threshold: float = .3,  # on the reference's score
-) -> dict:  # matched, lost: counts; score: largest difference; iou: the smallest
-    "Partners of the reference's detections: the same class, the greatest overlap"
-    score, iou, lost = [0.], [1.], 0
-    for s, c, box, s2, c2, box2 in zip(*a, *b):
-        sure = s >= threshold
-        same = overlaps(box[sure], box2) * (c[sure][:, None] == c2)  # (n,k)
-        near = same - np.abs(s[sure][:, None] - s2)  # among boxes in one place, the one as sure
-        at = near.argmax(1)
-        for i, j in enumerate(at):
-            if same[i, j] < .5: lost += 1
-            else: score.append(abs(float(s[sure][i] - s2[j]))); iou.append(float(same[i, j]))
-    return dict(matched=len(score) - 1, lost=lost, score=max(score), iou=min(iou))
-
-# %% ../nbs/22_export.ipynb #3ca21a25
-def detections(
-    runner: Runner,
-    split: Split,
-    batch: int = 8,
-    limit: int = 300,  # detections an image
-    classes: dict | None = None,  # the model's class number -> the split's, where they differ; others are left out
-) -> list:  # COCO's result format
-    "What a model finds in all images of a split"
-    out, ids = [], split.ids.tolist()
-    for images, targets in loader(Images(split, runner.size), in_order(len(split), batch)):
-        for t, s, c, b in zip(targets, *runner(images.permute(0, 2, 3, 1).contiguous().numpy())):
-            h, w = t["size"]
-            x1, y1, x2, y2 = (b[:limit].astype(float) * [w, h, w, h]).T
-            known = [c_ if classes is None else classes.get(c_) for c_ in c[:limit].tolist()]
-            out += [dict(image_id=ids[t["row"]], category_id=split.category_ids[k], bbox=list(xywh), score=float(p))
-                    for k, p, *xywh in zip(known, s, x1, y1, x2 - x1, y2 - y1) if k is not None]
-    return out
-
-def runner_ap(runner: Runner, split: Split, batch: int = 8) -> dict:
-    "COCO's twelve figures of an opened model; the classes must be the split's, by name"
-    lost = [n for n in split.names if n not in runner.names]
-    if lost: raise ValueError(f"the model does not know the class {lost[0]!r} of the split '{split.name}': it knows {', '.join(runner.names[:12])}")
-    at = {k: split.names.index(n) for k, n in enumerate(runner.names) if n in split.names}
-    return coco_ap(ground_truth(split), detections(runner, split, batch, classes=at))
-
-# %% ../nbs/22_export.ipynb #5e304d40
-def check_export(
-    path,  # an exported file
-    weights,  # what it was exported from: a Runner, or a file that `open_model` opens
-    split: Split,  # real images with boxes
-    images: int = 16,  # how many to compare detection by detection
-    tolerance: float = .001,  # of AP
-) -> dict:  # AP of both, and what `compare` says
-    "Refuse a file that does not find what the weights find: `ValueError` with the figures"
-    a, b = weights if isinstance(weights, Runner) else open_model(weights), open_model(path)
-    x = torch.stack([Images(split, a.size)[k][0] for k in range(min(images, len(split)))]).permute(0, 2, 3, 1).contiguous().numpy()
-    report = compare(a(x), b(x)) | dict(AP=runner_ap(b, split)["AP"], AP_weights=runner_ap(a, split)["AP"])
-    if abs(report["AP"] - report["AP_weights"]) > tolerance or report["lost"] > .02 * (report["matched"] + report["lost"]):
-        raise ValueError(f"{path} does not find what its weights find: AP {report['AP']:.4f} instead of {report['AP_weights']:.4f} on {len(split)} images, "
-                         f"{report['lost']} detections lost, scores up to {report['score']:.3f} off; do not use it")
-    return report

@@ -21,8 +21,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(files):
-    from rtdetr_kd.data import load_data, part
-    from rtdetr_kd.quantize import calibrate
+    from rtdetr_kd.annotations import part
+    from rtdetr_kd.data import load_data
+    from rtdetr_kd.calibrate import calibrate
     return calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12)
 
 
@@ -49,7 +50,8 @@ def test_ten_lines_of_onnxruntime(files):
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_any_batch_in_every_runtime(files, n):
-    from rtdetr_kd.export import compare, open_model
+    from rtdetr_kd.export import open_model
+    from rtdetr_kd.verify import compare
     want = [v[:n] for v in open_model(STUDENT, threads=1)(pictures(5))]
     for f in (files["onnx"], files["xml"]):
         r = compare(tuple(want), open_model(f)(pictures(n)))
@@ -88,21 +90,23 @@ def test_a_wrong_input_size(files, wrong):
 
 def test_calibration_sees_what_inference_sees(files):
     "E10: the arrays of the calibration are those of the evaluation"
-    from rtdetr_kd import export, quantize
-    assert quantize.Images is export.Images
+    from rtdetr_kd import calibrate, data, evaluate, verify
+    assert calibrate.Images is verify.Images is evaluate.Images is data.Images
 
 
 def test_entropy_is_not_minmax(files, recipe):
-    from rtdetr_kd.data import load_data, part
-    from rtdetr_kd.quantize import calibrate
+    from rtdetr_kd.annotations import part
+    from rtdetr_kd.data import load_data
+    from rtdetr_kd.calibrate import calibrate
     plain = calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12, "minmax")
     width = lambda r: np.array([hi - lo for lo, hi in r["ranges"].values()])
-    assert (width(recipe) < .99 * width(plain)).mean() > .3
+    assert (width(recipe) < .99 * width(plain)).mean() > .2  # with the defaults of ONNX Runtime: 0
 
 
 @pytest.mark.parametrize("target, name", [("onnxruntime", "a.onnx"), ("openvino", "b.xml"), ("tensorrt", "c.onnx")])
 def test_int8_finds_the_same_objects(files, recipe, target, name):
-    from rtdetr_kd.export import compare, open_model
+    from rtdetr_kd.export import open_model
+    from rtdetr_kd.verify import compare
     from rtdetr_kd.quantize import tensorrt_takes, write_int8
     f = write_int8(files["onnx"], files["folder"] / name, recipe, target)
     r = compare(open_model(files["onnx"])(pictures(8)), open_model(f)(pictures(8)), .5)
@@ -113,7 +117,8 @@ def test_int8_finds_the_same_objects(files, recipe, target, name):
 def test_what_stays_in_float(files, recipe):
     "Only convolutions of backbone and fusion read integers, unless asked"
     import onnx
-    from rtdetr_kd.quantize import DEFAULT, PARTS, write_int8
+    from rtdetr_kd.calibrate import DEFAULT, PARTS
+    from rtdetr_kd.quantize import write_int8
     m = onnx.load(write_int8(files["onnx"], files["folder"] / "d.onnx", recipe, "tensorrt"))
     made = {o: n for n in m.graph.node for o in n.output}
     integer = [n for n in m.graph.node if n.op_type in ("Conv", "MatMul") and len(n.input) > 1 and made.get(n.input[1]) is not None and made[n.input[1]].op_type == "DequantizeLinear"]
@@ -128,7 +133,7 @@ def test_tensorrt_calls_exist_in_nvidias_interface():
     pytest.importorskip("mypy")
     import importlib.util
     if importlib.util.find_spec("tensorrt") is None: pytest.skip("tensorrt-stubs are not installed")
-    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/tensorrt.py")],
+    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/tensorrt.py"), str(ROOT / "rtdetr_kd/engine.py")],
                        text=True, capture_output=True, cwd=ROOT)
     wrong = [l for l in r.stdout.splitlines() if "attr-defined" in l or "call-arg" in l or "arg-type" in l]
     assert not wrong, "\n".join(wrong)
