@@ -45,8 +45,9 @@ class Child:
         "One question, one answer; an exception over there is raised here, `EOFError` if nobody is there any more"
         try: pickle.dump(what, self.process.stdin, 5); self.process.stdin.flush(); answer = pickle.load(self.process.stdout)
         except (EOFError, BrokenPipeError, ValueError): raise EOFError("the model's process is gone") from None
-        if isinstance(answer, Exception): raise answer
-        return answer
+        if not isinstance(answer, Exception): return answer
+        try: raise answer
+        finally: del answer  # or it would hold this frame, which holds it, and with it the process
 
     def __del__(self):
         if hasattr(self, "process"): self.process.stdin.close(); threading.Thread(target=self.process.wait).start()  # nobody waits for it
