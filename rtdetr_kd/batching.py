@@ -192,7 +192,8 @@ def drawn(image: np.ndarray, rows: list, names: list) -> bytes:
     im = Image.fromarray(image); d, out = ImageDraw.Draw(im), io.BytesIO()
     u = max(1, min(im.size) // 200)
     for s, c, b in rows[::-1]:
-        at, text, font = (b[0] + u, b[1]), f"{names[c]} {s:.2f}", dict(font_size=max(10, 6 * u))
+        text, font = f"{names[c]} {s:.2f}", dict(font_size=max(10, 6 * u))
+        at = b[0] + u, max(0, b[1] - font["font_size"] - 2 * u)
         d.rectangle(b, outline=(255, 140, 0), width=u)
         d.rectangle(d.textbbox(at, text, **font), fill=(255, 140, 0)); d.text(at, text, fill=(0, 0, 0), **font)
     im.save(out, "JPEG", quality=90)

@@ -440,7 +440,8 @@ def test_other_runtimes(tmp_path, kind):
     pytest.importorskip("openvino"); pytest.importorskip("onnx")
     from fastapi.testclient import TestClient
     from rtdetr_kd.apart import open_served
-    from rtdetr_kd.export import overlaps, write_openvino
+    from rtdetr_kd.export import write_openvino
+    from rtdetr_kd.verify import overlaps
     from rtdetr_kd.serve import create_app
     if kind == "xml": path = write_openvino(ONNX, tmp_path / "m.xml")
     else:
