@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .kd_queries import LOOKS, PAIRINGS
 from .kd_schedules import METHODS, SHAPES, known_method
-from .model import SIZES
+from .model import SIZES, stages
 from .weights import OFFICIAL
 
 # %% ../nbs/17_config.ipynb #5f271a33
@@ -70,13 +70,14 @@ class Config:
     save_minutes: float = 10.  # between states written within an epoch, 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
     precision: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it
+    checkpoint: str = ""  # stages computed again in the backward pass instead of kept: backbone, encoder, decoder, several joined by +, or all
     device: str = "auto"  # cpu, cuda; auto: a GPU if there is one
     name: str = ""  # of the run's folder; empty: after the settings
     runs: str = ""  # where run folders lie; empty: the project's runs/
     resume: bool = True  # go on where an interrupted run of this name stopped
 
 # %% ../nbs/17_config.ipynb #e89b86b9
-FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict")  # settings that do not make another experiment
+FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict", "checkpoint")  # settings that do not make another experiment
 
 PRESETS = dict(
     toy=dict(size="toy", epochs=4, image_size=128, lr=2e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998,
@@ -137,6 +138,7 @@ def check(c: Config):
     "Refuse what cannot work, before anything is built"
     if not known_method(c.method): one_of("method", c.method, [*METHODS, "stage", "or a sum of different ones, such as query+logit"])
     one_of("attention", c.attention, ("deformable", "discrete", "dense"))
+    stages(c.checkpoint)
     check_distillation(c)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16", "float16")); one_of("device", c.device, ("auto", "cpu", "cuda"))
     if c.size not in SIZES:

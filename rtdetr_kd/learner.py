@@ -28,7 +28,7 @@ from .check import data_folder
 from .data import Images, augmentation, load_data, loader, mix, order, sides_around, summary
 from .images import open_image
 from .other_formats import annotation_files
-from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, surest
+from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, slim, surest
 from .evaluate import evaluate
 from .kd_schedules import Mix, make_method, parts_of
 from .losses import detection_losses
@@ -45,7 +45,7 @@ def build_model(c: Config, names: list, category_ids: list) -> RTDETR:
     torch.manual_seed(c.seed)
     model = RTDETR(Spec(names, category_ids=category_ids, **spec), c.pretrained)
     if c.init: print(init_from(model, c.init), flush=True)
-    return model
+    return model.recompute(c.checkpoint)
 
 def try_out(model: RTDETR, c: Config):
     "One forward pass of a timm backbone: not every network takes every image size or gives maps"
@@ -134,6 +134,7 @@ class Learner:
         self.epoch, self.step, self.best, self.seconds, self.log = 0, 0, dict(AP=-1.), 0., []
         self.sums, self.since = {}, 0.  # of the running epoch: loss terms, when it began (or went on)
         self.dtype = self.choose_dtype()
+        if self.teacher and self.dtype != torch.float32: self.teacher.lighten(self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda")
 
 # %% ../nbs/18_learner.ipynb #c0dc0b2d
@@ -189,7 +190,7 @@ def live(self: Learner, images: Tensor) -> Output:
     if self.columns: t = only(t, self.columns[0])
     t = t if self.method.whole else surest(t, self.c.kd_points)
     self.lots = points
-    return t
+    return slim(t, self.method)
 
 @patch
 def hear(self: Learner, images: Tensor, targets: list) -> tuple:  # the teacher's Output, points for the student
@@ -504,6 +505,7 @@ def open_cache(self: Learner):
             return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
     mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.dtype} {0 if self.method.whole else self.c.kd_points}"
     self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
+    self.teacher.to("cpu")  # nobody asks it again
 
 # %% ../nbs/18_learner.ipynb #cf5d8bfd
 def put_aside(folder: Path):
