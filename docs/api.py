@@ -17,7 +17,8 @@ class Entry:
     gives: tuple | None = None  # type, meaning
 
     @property
-    def label(self): return f"api-{self.module}.{self.name}".lower()
+    def label(self): # names of targets have no case, so a class is told from a function in another way
+        return f"{'class' if self.signature.startswith('class ') else 'api'}-{self.module}.{self.name}".lower()
 
 
 def comments(source: str) -> dict:  # line -> text

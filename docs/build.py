@@ -116,7 +116,7 @@ def stage_api(modules: dict):
 def stage(): # everything Sphinx reads
     shutil.rmtree(src, ignore_errors=True)
     shutil.copytree(here / "_static", src / "_static")
-    shutil.copytree(root / "figures", src / "figures")
+    shutil.copytree(root / "figures", src / "figures", ignore=shutil.ignore_patterns("*.md", "*.pdf"))
     paths = sorted((root / "nbs").glob("*.ipynb"))
     files = [p for p in (root / "rtdetr_kd").glob("*.py") if not p.name.startswith("_")]
     modules = {p.stem: r for p, r in sorted(((p, api.read_module(p)) for p in files), key=lambda x: x[1][0])}

@@ -63,7 +63,7 @@ def bccd():
 
 
 def attention_table():
-    from rtdetr_kd.attention_maps import agreement_table
+    from rtdetr_kd.attention_study import agreement_table
     from rtdetr_kd.results import markdown
     return markdown(agreement_table())
 
