@@ -76,8 +76,8 @@ def draw_look(
     "Map, sampling points and box over the image"
     h, w = image.shape[-2:]
     A = blur(splat(points[None], weights[None], grid, grid))[0]
-    draw(image * .6 + .4, to_pixels(box[None], w, h), ax=ax, color="black")
-    ax.imshow(A, cmap="Purples", alpha=(A / A.max().clamp(min=1e-9)).sqrt().numpy() * .75, extent=(0, w, h, 0), interpolation="bilinear")
+    draw(image * .75 + .25, to_pixels(box[None], w, h), ax=ax, color="black")
+    ax.imshow(A, cmap="Purples", alpha=(A / A.max().clamp(min=1e-9)).sqrt().numpy() * .55, extent=(0, w, h, 0), interpolation="bilinear")
     p, a = points.flatten(0, 2) * points.new_tensor([w, h]), weights.flatten()
     top = a.topk(min(96, len(a))).indices  # of dense attention: the cells that matter
     ax.scatter(*p[top].T, s=90 * (a[top] / a.max()), facecolors="none", edgecolors="C1", linewidths=.9)

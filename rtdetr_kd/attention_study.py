@@ -201,7 +201,7 @@ if __name__ == "__main__" and "__file__" in globals():  # run as a command, not 
     a = argparse.ArgumentParser(description="Measure where the toy study's students look, and draw the paper's figures")
     a.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of published runs, with their weights; none: only draw")
     a.add_argument("--shown", nargs="*", default=[], metavar="TITLE=RUN", help="folders of published runs for the picture of one object")
-    a.add_argument("--row", type=int, default=119, help="image of val in that picture")
+    a.add_argument("--row", type=int, default=172, help="image of val in that picture")
     a = a.parse_args()
     if a.runs: measure(a.runs)
     if a.shown: keep_example({k: Path(v) for k, v in (w.split("=", 1) for w in a.shown)}, a.row)
