@@ -3,19 +3,20 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: train test teacher results clean help
+.PHONY: train test teacher results docs clean help
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
 	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
+	@echo "make docs     every notebook with its outputs, the API and the guides as a site, offline: _site/index.html"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
 	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev,docs]'
 	@touch $@
 
 train: $(VENV)/.ready
@@ -44,5 +45,8 @@ results: $(VENV)/.ready
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
 	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
 
+docs: $(VENV)/.ready
+	MPLBACKEND=agg $(BIN)/python -W ignore docs/build.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info _proc _site
+	rm -rf $(VENV) build *.egg-info _proc _site docs/_src

@@ -41,7 +41,7 @@ def linked(prose: str, find) -> str:
     for line in prose.split("\n"):
         if line.lstrip().startswith("```"): fenced = not fenced
         lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
-    text = "\n".join(lines)
+    text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", "\n".join(lines))  # a badge from elsewhere: its words
     return re.sub(r"\]\((\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
 
 
@@ -69,6 +69,7 @@ def finder(own: str | None, names: dict, entries: dict):
 
 def staged(cell, own: str | None, find, symbols: set) -> list:
     "The cells that take the place of one"
+    if cell.cell_type == "raw": return []
     if cell.cell_type == "markdown": return [new_markdown_cell(linked(cell.source, find))] if not cell.source.startswith("#| hide") else []
     said = directives(cell)
     if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip(): return []

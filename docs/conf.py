@@ -8,6 +8,7 @@ myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "attrs_block"
 myst_heading_anchors = 4
 exclude_patterns = ["_build"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
+pygments_dark_style = "github-dark"
 html_theme = "furo"
 html_static_path, html_css_files = ["_static"], ["site.css"]
 html_copy_source = html_show_sourcelink = False

@@ -65,7 +65,7 @@ def bccd():
 def attention_table():
     from rtdetr_kd.attention_study import agreement_table
     from rtdetr_kd.results import markdown
-    return markdown(agreement_table())
+    return markdown(agreement_table(["cosine_asked"]))
 
 
 @cache
@@ -109,7 +109,11 @@ def fill(text: str, where: str) -> str:
         name, *args = m[1].split()
         if name not in FACTS: raise KeyError(f"docs/guides/{where}.md asks for {{{{{m[1]}}}}}: there is no such fact (there are: {', '.join(FACTS)})")
         return FACTS[name](*args)
-    return re.sub(r"\{\{(.+?)\}\}", of, text)
+    return re.sub(r"\{\{(.+?)\}\}", lambda m: unbroken(of(m)), text)
+
+
+def unbroken(text: str) -> str: # a number and its interval stay on one line
+    return re.sub(r"(\[[-+][\d.]+,) ", "\\1\u00a0", text).replace(" ± ", "\u00a0±\u00a0").replace("AP - none", "AP\u00a0-\u00a0none")
 
 
 def memory(most=128):
