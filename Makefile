@@ -49,4 +49,4 @@ docs: $(VENV)/.ready
 	MPLBACKEND=agg $(BIN)/python -W ignore docs/build.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info _proc _site docs/_src
+	rm -rf $(VENV) build *.egg-info _proc _site _site_src

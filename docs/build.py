@@ -3,7 +3,9 @@ import ast, configparser, json, os, re, shutil, sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
-root, src, site = here.parent, here / "_src", here.parent / "_site"
+root = here.parent
+site = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 and __name__ == "__main__" else root / "_site"
+src = site.with_name(site.name + "_src")
 sys.path[:0] = [str(here), str(root)]
 
 import nbformat
@@ -63,7 +65,7 @@ def finder(own: str | None, names: dict, entries: dict):
         if (own, word) in entries: return entries[own, word]
         if word in names: return entries.get((names[word], word))
         all_ = [e for (m, n), e in entries.items() if n == word]
-        return all_[0] if len(all_) == 1 and (len(word) > 5 or "_" in word or not word.islower()) else None
+        return all_[0] if len(all_) == 1 and ("_" in word or not word.islower()) else None  # a plain word may mean anything
     return find
 
 
@@ -149,16 +151,18 @@ def from_elsewhere() -> list:
     return sorted(f"{p.relative_to(site)}: {m[0][:100]}" for p in [*site.rglob("*.html"), *site.rglob("*.css")] if (m := load.search(p.read_text(errors="replace"))))
 
 
-def main() -> int:
+def main() -> int | str: # for sys.exit
+    if site.exists() and any(site.iterdir()) and not (site / ".buildinfo").exists(): return f"{site.name} is not empty and no site that this script made: give another folder, nothing is overwritten"
     shutil.rmtree(site, ignore_errors=True)
     stage()
-    rc = sphinx(["-q", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(here / "_src/.doctrees"), str(src), str(site)])
+    rc = sphinx(["-q", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(src / ".doctrees"), str(src), str(site)])
     if rc: return rc
+    shutil.rmtree(src)
     prune()
     (site / ".nojekyll").touch()
     for line in from_elsewhere(): print("loads from the network:", line, file=sys.stderr); rc = 1
     size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) / 2**20
-    print(f"{len(list(site.rglob('*.html')))} pages, {size:.0f} MB: _site/index.html")
+    print(f"{len(list(site.rglob('*.html')))} pages, {size:.0f} MB: {site.name}/index.html")
     return rc
 
 
