@@ -3,7 +3,7 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: serve train test teacher results clean help
+.PHONY: serve train test teacher results docs clean help
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
@@ -11,12 +11,13 @@ help:
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
 	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
 	@echo "make serve    the toy student on http://localhost:8000 (make serve ARGS='--weights model.onnx --port 80')"
+	@echo "make docs     every notebook with its outputs, the API and the guides as a site, offline: _site/index.html"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
 	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev,docs]'
 	@touch $@
 
 train: $(VENV)/.ready
@@ -55,5 +56,8 @@ $(VENV)/.serve: pyproject.toml
 serve: $(VENV)/.serve
 	@$(BIN)/python -m rtdetr_kd.serve $(ARGS)
 
+docs: $(VENV)/.ready
+	MPLBACKEND=agg $(BIN)/python -W ignore docs/build.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info _proc _site
+	rm -rf $(VENV) build *.egg-info _proc _site _site_src
