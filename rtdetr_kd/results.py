@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KD', 'METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'pm', 'variant', 'same_budget', 'paired',
-           'verdict', 'method_table', 'markdown', 'draw_gains', 'fill', 'toy_block', 'bccd_block', 'update_readme',
-           'draw_readme']
+           'verdict', 'untrained', 'over_control', 'interval', 'method_table', 'markdown', 'draw_gains', 'fill',
+           'toy_study', 'strengths', 'toy_block', 'bccd_block', 'update_readme', 'draw_readme']
 
 # %% ../nbs/20_results.ipynb #ce22f7f1
 import argparse, json, re, shutil
@@ -29,7 +29,8 @@ def read_runs(
     rows = []
     for path in sorted(Path(folder).glob("*/metrics.json")):
         config = json.loads((path.parent / "config.json").read_text())
-        rows.append(config | json.loads(path.read_text()) | dict(run=path.parent.name))
+        found = json.loads(path.read_text())
+        rows.append({f"{k}_found" if k in ("lam", "teacher") else k: v for k, v in found.items()} | config | dict(run=path.parent.name))
     return pd.DataFrame(rows)
 
 def published() -> pd.DataFrame:
@@ -64,9 +65,11 @@ def variant(
 ) -> str:
     "The method and the settings of distillation that are not the data set's defaults"
     usual = lambda k: PRESETS.get(run.data, PRESETS["folder"]).get(k, getattr(Config, k))
-    untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") else ())  # the control has the λ of its method
+    shuffled = run.get("shuffle_teacher") is True or run.get("shuffle_teacher") == 1
+    untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") or shuffled else ())  # a control has the λ of its method
     told = [f"{k}={run[k]}" for k in KD if k in run and not pd.isna(run[k]) and run[k] != usual(k) and k not in untold]
-    if run.method == "none": return "none"
+    if run.method == "none": return "none" if run.epochs == usual("epochs") or run.data != "toy" else f"none ({run.epochs:g} epochs)"
+    if shuffled: told.append("shuffled teacher")
     if str(run.teacher).startswith("random:"): told.append("untrained teacher")
     elif run.teacher: told.append(f"teacher {run.teacher}")
     if run.get("alignment", "shared") != "shared": told.insert(0, f"{run.alignment}")
@@ -75,7 +78,7 @@ def variant(
 # %% ../nbs/20_results.ipynb #18ead7dc
 def same_budget(runs: pd.DataFrame):
     "Refuse runs that differ in more than method, seed and settings of distillation"
-    free = {*FREE, *KD, "method", "seed", "kd_points", "pilot", "cache", "cache_views"}
+    free = {*FREE, *KD, "method", "seed", "kd_points", "pilot", "cache", "cache_views", "shuffle_teacher"}
     mixed = [k for k in asdict(Config()) if k in runs and k not in free and runs[k].astype(str).nunique() > 1]
     if mixed: raise ValueError(f"these runs differ in {', '.join(mixed)}: a table compares runs of one budget; select them first")
 
@@ -107,6 +110,27 @@ def verdict(p) -> str:
     if p.n < 2: return "one seed: not ranked"
     return "better" if p.low > 0 else "worse" if p.high < 0 else "no difference shown"
 
+def untrained(v: str) -> str:
+    "The name of a variant's control"
+    return f"{v[:-1]}, untrained teacher)" if v.endswith(")") else f"{v} (untrained teacher)"
+
+def over_control(
+    runs: pd.DataFrame,  # of one data set, size and budget
+    v: str,  # a variant
+    figure: str = "AP",
+) -> tuple | None:  # n, gain, low, high; None where the control has not been run
+    "A variant against the same method with an untrained teacher, seed by seed: what is left is distillation"
+    named = runs.assign(variant=[variant(r) for _, r in runs.iterrows()]).set_index("seed")
+    a, b = (named[named.variant == x][figure] for x in (v, untrained(v)))
+    d = (a - b).dropna()
+    if not len(d): return None
+    half = stats.t.ppf(.975, len(d) - 1) * d.std() / len(d)**.5 if len(d) > 1 else float("nan")
+    return len(d), d.mean(), d.mean() - half, d.mean() + half
+
+def interval(gain: float, low: float, high: float) -> str:
+    "A difference and its interval"
+    return f"{gain:+.3f}" + ("" if low != low else f" [{low:+.3f}, {high:+.3f}]")
+
 def method_table(
     runs: pd.DataFrame,  # of one data set, size and budget
 ) -> pd.DataFrame:  # a row for each variant
@@ -116,8 +140,9 @@ def method_table(
     rows, named = [], runs.assign(variant=[variant(r) for _, r in runs.iterrows()])
     for q in sorted(p.itertuples(), key=lambda q: rank(q.variant)):
         r = named[named.variant == q.variant]
-        gain = "" if q.variant == "none" else f"{q.gain:+.3f}" + (f" [{q.low:+.3f}, {q.high:+.3f}]" if q.n > 1 else "")
-        rows.append({"method": q.variant, "seeds": q.n, **{k: pm(r[k]) for k in ("AP", "AP50")}, "AP - none [95 %]": gain, "verdict": verdict(q)})
+        gain, rest = "" if q.variant == "none" else interval(q.gain, q.low, q.high), over_control(runs, q.variant)
+        rows.append({"method": q.variant, "seeds": q.n, **{k: pm(r[k]) for k in ("AP", "AP50")}, "AP - none [95 %]": gain,
+                     "AP - untrained teacher": interval(*rest[1:]) if rest else "", "verdict": verdict(q)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/20_results.ipynb #b3c9700c
@@ -158,15 +183,33 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
+# %% ../nbs/20_results.ipynb #41843087
+def toy_study(runs: pd.DataFrame | None = None) -> pd.DataFrame:
+    "The published toy runs of the study: all methods at the ρ of the data set's defaults, and the controls"
+    runs = published() if runs is None else runs
+    control = runs.teacher.astype(str).str.startswith("random:")
+    if "shuffle_teacher" in runs: control |= runs.shuffle_teacher == True
+    runs, control = (x[runs.epochs == PRESETS["toy"]["epochs"]] for x in (runs, control))
+    return runs[(runs.data == "toy") & (runs["size"] == "toy") & ((runs.method == "none") | control | ((runs.rho == PRESETS["toy"]["rho"]) & (runs.lam == "auto")))]
+
+def strengths(runs: pd.DataFrame | None = None) -> pd.DataFrame:  # a row for each variant, a column for each ρ
+    "AP on the select split at each ρ, seed 0: what the strength was chosen by"
+    runs = published() if runs is None else runs
+    auto = runs[(runs.data == "toy") & (runs["size"] == "toy") & (runs.method != "none") & (runs.lam == "auto") & (runs.seed == 0)]
+    own = PRESETS["toy"]["rho"]
+    named = auto.assign(method=[variant(pd.concat([r.drop("rho"), pd.Series(dict(rho=own))])) for _, r in auto.iterrows()], rho=[f"ρ = {r:g}" for r in auto.rho])
+    return named.pivot_table(index="method", columns="rho", values="select_AP").dropna()
+
 # %% ../nbs/20_results.ipynb #486f9fc2
 def toy_block(runs: pd.DataFrame) -> str:
     "The README's paragraph on the embedded data"
-    toy, teacher = runs[(runs.data == "toy") & (runs["size"] == "toy")], runs[runs.run == "toy_teacher"].iloc[0]
+    toy, teacher = toy_study(runs), runs[runs.run == "toy_teacher"].iloc[0]
     r = toy.iloc[0]
     about = f"Student: {r.parameters / 1e6:.2f} M parameters, {int(r.epochs)} epochs of {int(r.steps * r.batch / r.epochs)} scenes at {int(r.image_size)} px. "
     about += f"Teacher: {teacher.parameters / 1e6:.2f} M parameters, AP {teacher.AP:.3f} on val ({int(teacher.epochs)} epochs). "
     about += f"Measured with torch {r.machine['torch']} on {r.machine['threads']} CPU thread(s)."
-    return f"{about}\n\n{markdown(method_table(toy))}"
+    by_strength = ", ".join(f"{n} {' / '.join(f'{v:.3f}' for v in r)}" for n, r in strengths(runs).iterrows())
+    return f"{about}\n\n{markdown(method_table(toy))}\n\nAP on select, seed 0, at {' / '.join(strengths(runs).columns)}: {by_strength}."
 
 def bccd_block(runs: pd.DataFrame) -> str:
     "The README's sentence on the real data set"
@@ -192,8 +235,7 @@ def draw_readme():
     (root() / "figures").mkdir(exist_ok=True)
     beside_truth(model, val, range(5)).savefig(root() / "figures/detections.png", dpi=110, bbox_inches="tight")
     shutil.copy(val.folder / val.files[1], root() / "figures/scene.jpg")
-    runs = published()
-    draw_gains(runs[(runs.data == "toy") & (runs["size"] == "toy")]).savefig(root() / "figures/gains.png", dpi=130)
+    draw_gains(toy_study()).savefig(root() / "figures/gains.png", dpi=130)
 
 # %% ../nbs/20_results.ipynb #610e44d1
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
