@@ -84,7 +84,8 @@ def p_value(D: np.ndarray, Dr: np.ndarray) -> float:
     if s + v == 0: return float(D.mean() == 0)
     far = abs(D.mean()) / (s + v)**.5
     excess = lambda level: quantile(level, len(D), s, v) - far
-    return 1. if excess(1 - 1e-12) >= 0 else brentq(excess, 1e-300, 1 - 1e-12, xtol=1e-14, rtol=1e-10)
+    if excess(1e-15) <= 0: return 1e-15
+    return 1. if excess(1 - 1e-12) >= 0 else brentq(excess, 1e-15, 1 - 1e-12, xtol=1e-16, rtol=1e-10)
 
 # %% ../nbs/20_statistics.ipynb #bc8152b8
 def sign_flip(D: np.ndarray) -> float:
