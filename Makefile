@@ -9,7 +9,7 @@ help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
-	@echo "make results  run none, logit and query on toy; write the README's table and pictures"
+	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
 	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
 	@echo "make paper    the manuscript from the committed result files: paper/paper.pdf (needs LaTeX)"
 	@echo "make clean    remove the virtual environment and what was generated"
@@ -31,9 +31,20 @@ teacher: $(VENV)/.ready
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy_teacher", "weights/toy_teacher.safetensors")'
 
 results: $(VENV)/.ready
-	for m in none logit query; do $(BIN)/papermill nbs/train.ipynb -p method $$m || exit 1; done
-	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query", "weights/toy_student.safetensors")'
-	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy_teacher runs/toy-none runs/toy-logit runs/toy-query
+	export OMP_NUM_THREADS=1; train() { $(BIN)/papermill nbs/train.ipynb -p seed $$s "$$@"; }; set -e; \
+	for s in 0 1 2 3 4 5; do \
+	  for m in none logit feature cwd mgd stage query query+cwd; do train -p method $$m; done; \
+	  for a in index hungarian; do train -p method query -p alignment $$a; done; \
+	  train -p method query -p teacher random:toy_teacher -p lam 3.444; \
+	done; \
+	for s in 0 1 2 3; do \
+	  train -p method cwd -p teacher random:toy_teacher -p lam 24.18; \
+	  train -p method query+cwd -p teacher random:toy_teacher -p lam 0.69584; \
+	done; \
+	s=0; for m in cwd feature logit query query+feature; do train -p method $$m -p rho 0.2; done; \
+	for a in index hungarian; do train -p method query -p alignment $$a -p rho 0.2; done
+	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
+	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
 
 ablation: $(VENV)/.ready
 	$(BIN)/papermill nbs/ablation.ipynb -p preset toy

@@ -65,10 +65,10 @@ def variant(
 ) -> str:
     "The method and the settings of distillation that are not the data set's defaults"
     usual = lambda k: PRESETS.get(run.data, PRESETS["folder"]).get(k, getattr(Config, k))
-    shuffled = run.get("shuffle_teacher") is True or run.get("shuffle_teacher") == 1
+    shuffled = run.get("shuffle_teacher") in (True, 1)
     untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") or shuffled else ())  # a control has the λ of its method
     told = [f"{k}={run[k]}" for k in KD if k in run and not pd.isna(run[k]) and run[k] != usual(k) and k not in untold]
-    if run.method == "none": return "none" if run.epochs == usual("epochs") or run.data != "toy" else f"none ({run.epochs:g} epochs)"
+    if run.method == "none": return "none" if run.data != "toy" or run.epochs == usual("epochs") else f"none ({run.epochs:g} epochs)"
     if shuffled: told.append("shuffled teacher")
     if str(run.teacher).startswith("random:"): told.append("untrained teacher")
     elif run.teacher: told.append(f"teacher {run.teacher}")
@@ -168,7 +168,7 @@ def draw_gains(
         ax.plot(q.gain, y, "kD", ms=6)
     ax.axvline(0, color=".6", lw=1)
     ax.set(yticks=range(len(p)), yticklabels=p.variant, xlabel="AP on val minus AP of none, same seed")
-    ax.set_title("Gain over no distillation: seeds (circles), mean, 95 % interval", fontsize=9)
+    fig.suptitle("Gain over no distillation: seeds (circles), mean, 95 % interval", fontsize=9)
     fig.tight_layout()
     return fig
 
@@ -183,13 +183,12 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
-# %% ../nbs/20_results.ipynb #41843087
+# %% ../nbs/20_results.ipynb #e79d0ec7
 def toy_study(runs: pd.DataFrame | None = None) -> pd.DataFrame:
     "The published toy runs of the study: all methods at the ρ of the data set's defaults, and the controls"
     runs = published() if runs is None else runs
-    control = runs.teacher.astype(str).str.startswith("random:")
-    if "shuffle_teacher" in runs: control |= runs.shuffle_teacher == True
-    runs, control = (x[runs.epochs == PRESETS["toy"]["epochs"]] for x in (runs, control))
+    runs = runs[runs.epochs == PRESETS["toy"]["epochs"]]
+    control = runs.teacher.astype(str).str.startswith("random:") | (runs.get("shuffle_teacher", False) == True)
     return runs[(runs.data == "toy") & (runs["size"] == "toy") & ((runs.method == "none") | control | ((runs.rho == PRESETS["toy"]["rho"]) & (runs.lam == "auto")))]
 
 def strengths(runs: pd.DataFrame | None = None) -> pd.DataFrame:  # a row for each variant, a column for each ρ

@@ -13,7 +13,7 @@ def test_readme_equals_the_result_files():
 def test_the_shipped_weights_are_what_the_results_say():
     import json
     from rtdetr_kd.weights import read_file
-    for run, weights in [("toy_teacher", "toy_teacher"), ("toy-query", "toy_student")]:
+    for run, weights in [("toy_teacher", "toy_teacher"), ("toy-query+cwd", "toy_student")]:
         about = read_file(ROOT / f"weights/{weights}.safetensors")[2]
         metrics = json.loads((ROOT / f"runs/published/{run}/metrics.json").read_text())
         assert about["val_AP"] == metrics["AP"], run
