@@ -203,9 +203,9 @@ def last_lines(path: Path, n: int = 3) -> str:
 def progress(r: Run, said: str, runs: list, t0: float, workers: int, seconds: dict):
     "A line for each run that ended, with the time that is left"
     left = [seconds.get(q.config) or (statistics.median(seconds.values()) if seconds else None) for q in runs if q.state not in ("finished",)]
-    eta = spell(sum(left) / workers) if left and None not in left else "unknown" if left else "0 s"
+    eta = "about " + spell(sum(left) / workers) if left and None not in left else "unknown time" if left else "nothing"
     ap = f"AP {json.loads((r.folder / 'metrics.json').read_text())['AP']:.3f}" if said == "finished" else said
-    print(f"[{spell(time.time() - t0)}] {r.config}, seed {r.seed}: {ap}; left: about {eta}", flush=True)
+    print(f"[{spell(time.time() - t0)}] {r.config}, seed {r.seed}: {ap}; left: {eta}", flush=True)
 
 def go_through(
     runs: list,  # of Run
@@ -250,6 +250,7 @@ def on_ray(runs: list, folder: str, workers: int, threads: int, gpus: float = 0.
     "On a Ray cluster: `address` is auto, ray://…, or empty for one on this machine"
     try: import ray
     except ImportError: raise ModuleNotFoundError("engine='ray' needs Ray: pip install 'rtdetr_kd[ray]'") from None
+    os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster that is started here: training is no background job
     ray.init(**(dict(address=address) if address else {}), ignore_reinit_error=True, log_to_driver=False)
     project = str(root())
     @ray.remote(max_retries=3, num_cpus=threads or 1, num_gpus=gpus)

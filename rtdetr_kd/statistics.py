@@ -94,7 +94,7 @@ def sign_flip(D: np.ndarray) -> float:
     return float((abs(signs @ D) >= abs(D.sum()) - 1e-12).mean())
 
 # %% ../nbs/20_statistics.ipynb #c3a0cc7f
-def simulated(rng, seeds: int = 6, images: int = 150, sd_seed: float = .4, gain: float = .5) -> tuple:  # two lists of Matches
+def simulated(rng, seeds: int = 6, images: int = 100, sd_seed: float = .4, gain: float = .5) -> tuple:  # two lists of Matches
     "A study with known properties: matches of a method and of its control, for each seed"
     easy, shared = rng.normal(0, 1, (images, 1)), rng.normal(0, sd_seed, seeds)
     def one(skill):
@@ -106,9 +106,9 @@ def simulated(rng, seeds: int = 6, images: int = 150, sd_seed: float = .4, gain:
         return Matches(np.arange(images).repeat(4)[o], np.array([0, len(o)]), right[o], ~right[o], truth)
     return tuple([one(g + s + rng.normal(0, sd_seed)) for s in shared] for g in (gain, 0.))
 
-def study(rng, n: int = 200, **kw) -> tuple:  # D (s,), on resamples (r,s)
+def study(rng, n: int = 100, **kw) -> tuple:  # D (s,), on resamples (r,s)
     "Differences in AP of one simulated study"
-    W = draws(kw.get("images", 150), n, int(rng.integers(2**31)))
+    W = draws(kw.get("images", 100), n, int(rng.integers(2**31)))
     W = np.concatenate([np.ones((1, W.shape[1]), int), W])
     a, b = (np.stack([resampled(m, W, ["AP"])[:, 0] for m in ms], 1) for ms in simulated(rng, **kw))
     return (a - b)[0], (a - b)[1:]
