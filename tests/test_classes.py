@@ -18,7 +18,7 @@ def teacher(tmp_path_factory):
 
 
 def learner(tiny, teacher, tmp_path, **kw):
-    return Learner(configure(data=str(tiny), size="toy", image_size=64, batch=8, teacher=str(teacher), kd_points=10, workers=0, runs=str(tmp_path), **kw))
+    return Learner(configure(data=str(tiny), size="toy", image_size=64, batch=8, teacher=str(teacher), kd_points=10, lam=1, workers=0, runs=str(tmp_path), **kw))
 
 
 def terms(l):

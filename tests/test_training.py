@@ -104,8 +104,6 @@ def test_explicit_wins_over_size_over_preset():
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda d: d["annotations"].append("x"), "annotations: the entry 'x' is no object"),
-    (lambda d: d["images"][0].update(width="wide"), "'width' must be a number of pixels, not 'wide'"),
     (lambda d: d["images"][0].update(file_name=3), "'file_name' must be a text"),
     (lambda d: d["images"][0].update(id=[1]), "'id' must be a number or a text"),
     (lambda d: d["annotations"][0].update(category_id=[1]), "category"),
@@ -117,6 +115,20 @@ def test_annotations_of_another_shape(tiny, tmp_path, spoil, says):
     path = tmp_path / "d/annotations/instances_train.json"
     d = json.loads(path.read_text()); spoil(d); path.write_text(json.dumps(d))
     with pytest.raises(ValueError, match=says): load_data(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d: d["annotations"].append("x"), "annotation of an image that is not listed: dropped"),
+    (lambda d: d["images"][0].update(width="wide"), "image without width and height: taken from the file: repaired"),
+])
+def test_what_is_harmless_is_counted_and_stops_a_strict_run(tiny, tmp_path, spoil, says):
+    import shutil
+    from rtdetr_kd.data import load_data
+    shutil.copytree(tiny, tmp_path / "d")
+    path = tmp_path / "d/annotations/instances_train.json"
+    d = json.loads(path.read_text()); spoil(d); path.write_text(json.dumps(d))
+    assert load_data(str(tmp_path / "d"))["train"].notes[says] == 1
+    with pytest.raises(ValueError, match=says.split(":")[0]): load_data(str(tmp_path / "d"), strict=True)
 
 
 def test_numbers_as_texts_and_huge_ids_are_read(tiny, tmp_path):
