@@ -116,7 +116,7 @@ def cached_answers(
     method: Method,
     mark: str,  # of the teacher and of how it is asked
     batch: int = 16,
-    limit: int = 512 * 1024,  # bytes an image: more is not kept
+    limit: int = 1024 * 1024,  # bytes an image: more is not kept
 ) -> Answers:  # raises ValueError for answers that are too large, or a disk too small
     "The teacher's answers, from the cache or computed now"
     if method.lots: raise ValueError(f"cache='disk': {method.lots} questions are drawn by lot in each step, and only a live teacher answers them: give cache='none' or query_points='teacher'")

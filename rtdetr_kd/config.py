@@ -7,14 +7,14 @@ __all__ = ['FREE', 'PRESETS', 'OWN_RECIPE', 'FINE_TUNING', 'RANGES', 'Config', '
            'check_distillation', 'check', 'configure', 'Stop', 'plainly', 'chosen', 'root', 'run_folder', 'write_json']
 
 # %% ../nbs/17_config.ipynb #b414b947
-import difflib, json, math, os, re
+import difflib, importlib.util, json, math, os, re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from .kd_queries import LOOKS, PAIRINGS
 from .kd_schedules import METHODS, SHAPES, known_method
-from .model import SIZES
+from .model import SIZES, stages
 from .weights import OFFICIAL
 
 # %% ../nbs/17_config.ipynb #5f271a33
@@ -33,7 +33,9 @@ class Config:
     seed: int = 0
     epochs: int = 72
     max_minutes: float = 0.  # of training, 0: no limit
-    batch: int = 16
+    max_steps: int = 0  # of training, 0: as many as the epochs have; the learning rate falls by then
+    batch: int = 16  # images of an update, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches that each process makes of its share of a batch
     image_size: int = 640  # side of the square that images are resized to
     queries: int = 300
     attention: str = "deformable"  # discrete (RT-DETRv2's) or dense
@@ -43,6 +45,7 @@ class Config:
     warmup: int = 2000  # steps
     flat: float = .5  # share of training at the full lr, before the cosine
     clip: float = .1  # of the gradient's norm
+    sync_norm: bool = True  # with several processes, batch norms see the images of all of them
     freeze_norm: bool = False  # the backbone's batch norms stay as they were loaded; the default of r50m, r50 and r101
     ema: float = .9999
     lam: str = "auto"  # λ, weight of the distillation term: a number; auto: measured for a gradient share of rho; adaptive: that share is kept
@@ -71,13 +74,15 @@ class Config:
     save_minutes: float = 10.  # between states written within an epoch, 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
     precision: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it
+    checkpoint: str = ""  # stages computed again in the backward pass instead of kept: backbone, encoder, decoder, several joined by +, or all
     device: str = "auto"  # cpu, cuda; auto: a GPU if there is one
+    tracker: str = "tensorboard"  # who keeps the curves: tensorboard (in the run's folder), wandb, trackio or none
     name: str = ""  # of the run's folder; empty: after the settings
     runs: str = ""  # where run folders lie; empty: the project's runs/
     resume: bool = True  # go on where an interrupted run of this name stopped
 
 # %% ../nbs/17_config.ipynb #e89b86b9
-FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict")  # settings that do not make another experiment
+FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict", "checkpoint", "tracker")  # settings that do not make another experiment
 
 PRESETS = dict(
     toy=dict(size="toy", epochs=4, image_size=128, lr=2e-3, backbone_lr=1., warmup=200, flat=.3, clip=.5, ema=.998,
@@ -112,7 +117,7 @@ def one_of(name: str, value: str, choices):
 # %% ../nbs/17_config.ipynb #6b312e71
 RANGES = dict(epochs=(1, 10**6), batch=(1, 10**5), image_size=(32, 4096), queries=(1, 3840), lr=(1e-9, 10), backbone_lr=(0, 100), warmup=(0, 10**7), flat=(0, 1), clip=(0, 1e6),
               ema=(0, .999999), rho=(0, .95), pilot=(3, 10**6), cache_views=(1, 1000), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1), iou_crop=(0, 1), hflip=(0, 1), mosaic=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10),
-              max_minutes=(0, 1e6), save_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
+              max_minutes=(0, 1e6), max_steps=(0, 10**9), accumulate=(1, 10**4), save_minutes=(0, 1e6), teacher_min_ap=(-1, 1), coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
 
 def check_weights(name: str, source: str):
     "Refuse what can be no weights: neither a file, nor official weights, nor a name on the Hub"
@@ -139,8 +144,11 @@ def check(c: Config):
     "Refuse what cannot work, before anything is built"
     if not known_method(c.method): one_of("method", c.method, [*METHODS, "stage", "or a sum of different ones, such as query+logit"])
     one_of("attention", c.attention, ("deformable", "discrete", "dense"))
+    stages(c.checkpoint)
     check_distillation(c)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16", "float16")); one_of("device", c.device, ("auto", "cpu", "cuda"))
+    one_of("tracker", c.tracker, ("tensorboard", "wandb", "trackio", "none"))
+    if c.tracker != "none" and not importlib.util.find_spec(c.tracker): raise ValueError(f"tracker={c.tracker!r}: that package is not installed; pip install {c.tracker}, or give tracker='none'")
     if c.size not in SIZES:
         import timm
         if not timm.is_model(c.size): one_of("size", c.size, [*SIZES, "or any name that timm.list_models() knows"])
@@ -148,6 +156,7 @@ def check(c: Config):
         raise ValueError(f"name={c.name!r}: a run's name is one folder's name of letters, digits and = . + - _ (not 'published'); runs=<folder> says where it lies")
     for k, (lo, hi) in RANGES.items():
         if not lo <= getattr(c, k) <= hi: raise ValueError(f"{k}={getattr(c, k)}: must lie between {lo} and {hi}")
+    if c.accumulate > c.batch: raise ValueError(f"accumulate={c.accumulate}: a batch of {c.batch} images cannot be cut into so many micro-batches; give at most {c.batch}")
     if c.data not in ("toy", "coco") and not (c.data.strip() and Path(c.data).expanduser().is_dir()):
         raise ValueError(f"data={c.data!r}: there is no such folder; give 'toy', 'coco' or a folder in COCO's format")
     one_of("exif", c.exif, ("auto", "apply", "ignore"))

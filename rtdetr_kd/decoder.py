@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import DeformableAttention, DenseAttention
+from .backbone import lean
 from .boxes import to_cxcywh, to_xyxy
 
 # %% ../nbs/06_decoder.ipynb #3f5e163a
@@ -265,7 +266,7 @@ def refine(
     x, ref, before = q.content, q.ref.sigmoid(), q.ref.sigmoid()
     out = {k: [] for k in ("logits", "boxes", "queries", "refs", "points", "weights")}
     for k, layer in enumerate(dec.decoder.layers):
-        x, points, weights = layer(x, dec.query_pos_head(ref), ref, memory, shapes, q.mask, look)
+        x, points, weights = lean(layer, x, dec.query_pos_head(ref), ref, memory, shapes, q.mask, look)
         Δ = dec.dec_bbox_head[k](x).float()
         box = (Δ + logit(ref)).sigmoid()
         if every_layer or k == len(dec.decoder.layers) - 1:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PER_LAYER', 'Teacher', 'foreground', 'take', 'surest', 'random_questions', 'same_cell', 'layer_pairs', 'Method',
-           'check_signals', 'same_names', 'check_classes', 'only', 'measure', 'gate', 'price']
+           'check_signals', 'slim', 'same_names', 'check_classes', 'only', 'measure', 'gate', 'price']
 
 # %% ../nbs/12_distill.ipynb #a85f6737
 import hashlib, json, os, time
@@ -44,6 +44,13 @@ class Teacher:
     ) -> Output:  # with signals
         "What the teacher says, with all it lets one look at"
         return self.model.eval()(images, capture=True, points=points, look=look)
+
+    def lighten(self, dtype: torch.dtype):  # itself
+        "Keep the weights that autocast casts anyway in that precision: half the memory, the same answers under autocast"
+        for m in self.model.modules():
+            if isinstance(m, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+                for p in m.parameters(recurse=False): p.data = p.data.to(dtype)
+        return self
 
 # %% ../nbs/12_distill.ipynb #175e15f0
 def foreground(
@@ -154,6 +161,18 @@ def check_signals(
     if lost:
         raise ValueError(f"method='{name}' needs the teacher's {', '.join(lost)}, and this teacher does not "
                          "give it: take another method or another teacher")
+
+# %% ../nbs/12_distill.ipynb #94675c62
+def slim(
+    out: Output,  # the teacher's, with signals
+    method: Method,  # decides what is kept
+) -> Output:
+    "The answer without what the method does not read"
+    needs = {*method.needs, "logits", "boxes", *(["sampling_points", "sampling_weights"] if method.looks else [])}
+    if method.asks: needs |= {"index", "reference"}
+    gone = dict.fromkeys({*PER_LAYER, "memory", "index"} - needs)
+    cut = lambda s: None if s is None else replace(s, **gone)
+    return Output(out.logits, out.boxes, signals=cut(out.signals), shared=cut(out.shared))
 
 # %% ../nbs/12_distill.ipynb #3a073b7e
 def same_names(

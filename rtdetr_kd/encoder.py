@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .backbone import ACTS, ConvNorm
+from .backbone import ACTS, ConvNorm, lean
 
 # %% ../nbs/04_encoder.ipynb #825a1437
 def sincos_2d(
@@ -125,11 +125,11 @@ def forward(self: HybridEncoder,
     maps: list,  # (b,c,h,w) each, finest first
 ) -> list:  # (b,d,h,w) each, finest first
     S = [proj(m) for proj, m in zip(self.input_proj, maps)]
-    high, down = self.encoder[0](S[-1]), []
+    high, down = lean(self.encoder[0], S[-1]), []
     for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, S[-2::-1]):  # coarse to fine
         down.append(high := lateral(high))
-        high = block(torch.cat([F.interpolate(high, size=low.shape[-2:], mode="nearest"), low], 1))
+        high = lean(block, torch.cat([F.interpolate(high, size=low.shape[-2:], mode="nearest"), low], 1))
     out = [high]
     for conv, block, low in zip(self.downsample_convs, self.pan_blocks, down[::-1]):  # fine to coarse
-        out.append(block(torch.cat([conv(out[-1]), low], 1)))
+        out.append(lean(block, torch.cat([conv(out[-1]), low], 1)))
     return out

@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['build_model', 'try_out', 'shipped_teacher', 'param_groups', 'lr_factor', 'frozen_norms', 'EMA', 'Learner',
            'teacher_model', 'method_options', 'move_to', 'resized', 'grouped', 'clock', 'inputs', 'same_experiment',
-           'Pilot', 'put_aside', 'train', 'read_log', 'curves', 'beside_truth']
+           'Pilot', 'put_aside', 'train', 'experiment', 'read_log', 'curves', 'beside_truth']
 
 # %% ../nbs/18_learner.ipynb #9897d471
 import copy, hashlib, inspect, json, math, os, platform, time
 from collections import defaultdict
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list, gather_object
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
@@ -23,17 +27,18 @@ from torch import Tensor, nn
 from .boxes import draw
 from .cache import cached_answers
 from .config import FREE, Config, plainly, root, run_folder, write_json
-from .annotations import Split
+from .annotations import Split, ground_truth, part
 from .check import data_folder
 from .data import Images, augmentation, load_data, loader, mix, order, sides_around, summary
 from .images import open_image
 from .other_formats import annotation_files
-from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, surest
-from .evaluate import evaluate
+from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, slim, surest
+from .evaluate import coco_ap, evaluate, predict
 from .kd_schedules import Mix, make_method, parts_of
 from .losses import detection_losses
 from .model import RTDETR, SIZES, Output, Spec
 from .strength import adapt, average_weights, detached, gram, length, part_vector, strength
+from .together import Trained, accelerator, enough_memory, piece, share_norms
 from .toy import cache_dir
 from .weights import OFFICIAL_AP, fingerprint, init_from, load_model, save_model, weights_mark
 
@@ -45,7 +50,7 @@ def build_model(c: Config, names: list, category_ids: list) -> RTDETR:
     torch.manual_seed(c.seed)
     model = RTDETR(Spec(names, category_ids=category_ids, **spec), c.pretrained)
     if c.init: print(init_from(model, c.init), flush=True)
-    return model
+    return model.recompute(c.checkpoint)
 
 def try_out(model: RTDETR, c: Config):
     "One forward pass of a timm backbone: not every network takes every image size or gives maps"
@@ -109,40 +114,47 @@ class Learner:
     def __init__(self, c: Config, splits: dict | None = None):
         self.c, self.folder = c, run_folder(c)
         self.splits = splits or load_data(c.data, c.coco_subset, c.strict, c.exif)
-        self.device = torch.device(c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        train = self.splits["train"]
-        if c.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': torch sees no GPU here; give device='cpu', or install a CUDA build and a driver")
-        if c.batch == 1 and c.image_size <= 32: raise ValueError(f"batch=1 at image_size={c.image_size}: the coarsest map is a single cell, and a batch norm needs two numbers: take batch=2 or a larger image")
-        if len(train) < c.batch: raise ValueError(f"batch={c.batch} is more than the {len(train)} training images: take a smaller batch")
+        self.acc, self.dtype = accelerator(c, self.folder)
+        self.device, self.ranks, self.rank, train = self.acc.device, self.acc.num_processes, self.acc.process_index, self.splits["train"]
+        self.room_for(train)
         self.model = build_model(c, train.names, train.category_ids).to(self.device, memory_format=torch.channels_last)
-        cells = sum((-(-c.image_size // s))**2 for s in self.model.backbone.strides)
-        if c.queries > cells: print(f"queries={c.queries}, but an image of {c.image_size} pixels has {cells} cells: there will be {cells} queries", flush=True)
+        self.room_for_objects(int(np.diff(train.start).max()))
         if c.size not in SIZES: try_out(self.model, c)
+        if self.ranks > 1 and c.sync_norm: share_norms(self.model)
         if c.freeze_norm: frozen_norms(self.model)
         self.teacher, self.method = self.build_method()
         self.lam = 0. if c.lam in ("auto", "adaptive") else float(c.lam)  # measured in `weigh`
         self.answers, self.strength = None, None
-        self.trained = nn.ModuleDict(dict(model=self.model) | (dict(method=self.method) if self.method is not None else {}))
+        self.trained = Trained(self.model, self.method, self.ranks > 1)
         groups = param_groups(self.model, c.lr, c.backbone_lr, c.weight_decay)
         if self.method is not None: groups += [g for g in param_groups(self.method, c.lr, 1., c.weight_decay)]
-        self.opt = torch.optim.AdamW(groups, fused=True)
         self.ema = EMA(self.model, c.ema)
+        self.together, self.opt = self.acc.prepare(self.trained, torch.optim.AdamW(groups, fused=True))
         augment = augmentation(c.photometric, c.zoom_out, c.iou_crop, c.hflip, c.mosaic)
         self.images = Images(train, c.image_size, augment, c.seed)
         self.steps = len(order(len(train), c.batch, 0, 0))  # in an epoch
-        self.total, self.warmup = self.steps * c.epochs, c.warmup
-        self.epoch, self.step, self.best, self.seconds, self.log = 0, 0, dict(AP=-1.), 0., []
+        self.total, self.warmup = min(self.steps * c.epochs, c.max_steps or self.steps * c.epochs), c.warmup
+        self.epoch, self.step, self.skipped, self.best, self.seconds, self.log = 0, 0, 0, dict(AP=-1.), 0., []
         self.sums, self.since = {}, 0.  # of the running epoch: loss terms, when it began (or went on)
-        self.dtype = self.choose_dtype()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16 and self.device.type == "cuda")
+        if self.teacher and self.dtype != torch.float32: self.teacher.lighten(self.dtype)
 
-# %% ../nbs/18_learner.ipynb #c0dc0b2d
+# %% ../nbs/18_learner.ipynb #4d303a19
 @patch
-def choose_dtype(self: Learner) -> torch.dtype:
-    "The precision of the forward pass; losses are always float32"
-    if self.c.precision != "auto": return getattr(torch, self.c.precision)
-    if self.device.type == "cpu": return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+def room_for(self: Learner, train: Split):
+    "Refuse sizes that cannot work, and point out those that will not work well"
+    c, parts = self.c, self.ranks * self.c.accumulate
+    if c.batch == 1 and c.image_size <= 32: raise ValueError(f"batch=1 at image_size={c.image_size}: the coarsest map is a single cell, and a batch norm needs two numbers: take batch=2 or a larger image")
+    if len(train) < c.batch: raise ValueError(f"batch={c.batch} is more than the {len(train)} training images: take a smaller batch")
+    if c.batch < parts: raise ValueError(f"batch={c.batch} is shared by {self.ranks} processes with accumulate={c.accumulate}, and every part needs an image: give batch={parts} or more, or a smaller accumulate")
+
+@patch
+def room_for_objects(self: Learner, most: int):  # objects in an image
+    "Say it if queries have no cells, or objects no queries"
+    c, cells = self.c, sum((-(-self.c.image_size // s))**2 for s in self.model.backbone.strides)
+    if c.queries > cells: print(f"queries={c.queries}, but an image of {c.image_size} pixels has {cells} cells: there will be {cells} queries", flush=True)
+    if most > min(c.queries, cells): print(f"an image has {most} objects, and {min(c.queries, cells)} queries find no more than that: the rest is taught as background; give more queries", flush=True)
+
+
 
 # %% ../nbs/18_learner.ipynb #a3d065ee
 def teacher_model(source: str, names: list) -> RTDETR:
@@ -189,7 +201,7 @@ def live(self: Learner, images: Tensor) -> Output:
     if self.columns: t = only(t, self.columns[0])
     t = t if self.method.whole else surest(t, self.c.kd_points)
     self.lots = points
-    return t
+    return slim(t, self.method)
 
 @patch
 def hear(self: Learner, images: Tensor, targets: list) -> tuple:  # the teacher's Output, points for the student
@@ -211,14 +223,19 @@ def forward(self: Learner, images: Tensor, targets: list) -> tuple:  # student's
         return self.model(images, targets, capture=t is not None, points=points, look=t is not None and self.method.looks), t
 
 @patch
-def losses(self: Learner, images: Tensor, targets: list) -> dict:
-    "All loss terms of a batch, weighted: their sum is what is minimised"
+def losses(self: Learner,
+    images: Tensor,  # (b,3,h,w) a batch, or a part of one
+    targets: list,
+    boxes: int | None = None,  # in the whole batch; None: this is all of it
+    share: float = 1.,  # of the batch's images
+) -> dict:
+    "All loss terms, weighted: their sum, over the parts of a batch, is what is minimised"
     out, t = self.forward(images, targets)
-    terms = detection_losses(out, targets)
+    terms = detection_losses(out, targets, boxes)
     if t is None: return terms
     if self.columns: out = only(out, self.columns[1])
     with torch.autocast(self.device.type, enabled=False):
-        return terms | {k: self.lam * v for k, v in self.method(out, t, targets, self.step / self.total).items()}
+        return terms | {k: self.lam * share * v for k, v in self.method(out, t, targets, self.step / self.total).items()}
 
 def move_to(t: Output, device):
     "Every tensor of an answer on that device, in place"
@@ -238,7 +255,7 @@ def shapes(self: Learner, images: Tensor) -> tuple:
     h, w = images.shape[-2:]
     return tuple((-(-h // s), -(-w // s)) for s in self.model.backbone.strides)
 
-# %% ../nbs/18_learner.ipynb #3f8090dc
+# %% ../nbs/18_learner.ipynb #72d3f944
 @patch
 def moved(self: Learner, images: Tensor, targets: list) -> tuple:  # float images in 0..1, targets
     "A batch on the device"
@@ -253,25 +270,55 @@ def look_at_ratio(self: Learner, terms: dict):
     if not .01 <= ratio <= 100: print(f"the distillation terms are {ratio:.2g} times the detector's loss at the first step (λ = {self.lam:.3g}): is λ as you want it?", flush=True)
 
 @patch
-def one_step(self: Learner, images: Tensor, targets: list) -> dict:
-    "Forward, backward, update; every random number of the step follows from seed and step"
-    torch.manual_seed(mix(self.c.seed, 1, self.step))
-    factor = lr_factor(self.step, self.total, self.warmup, self.c.flat)
+def add(self: Learner, *numbers) -> list:
+    "Each number in sum over all processes"
+    if self.ranks == 1: return list(numbers)
+    return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.device), "sum").tolist()
+
+@patch
+def part_of_step(self: Learner, k: int, images: Tensor, targets: list, boxes: int, n: int) -> dict:
+    "Forward and backward of a micro-batch; its random numbers follow from seed, step and part"
+    part = k * self.ranks + self.rank
+    torch.manual_seed(mix(self.c.seed, 1, self.step, *([part] if part else [])))
+    terms = self.together(self.losses, *self.moved(images, targets), boxes, len(targets) / n)
+    self.acc.backward(sum(terms.values()) * self.ranks)  # the gradients are averaged over the processes
+    return {k: v.detach() for k, v in terms.items()}
+
+@patch
+def one_step(self: Learner,
+    images: Tensor,  # (b,3,h,w) uint8, a micro-batch
+    targets: list,
+    *more,  # images and targets of further micro-batches
+) -> dict:  # loss terms of the whole batch
+    "Forward, backward, update"
+    window = list(zip([images, *more[::2]], [targets, *more[1::2]]))
+    factor = lr_factor(self.step - self.skipped, self.total, self.warmup, self.c.flat)
     for g in self.opt.param_groups: g["lr"] = g["peak"] * factor
     self.trained.train()
     if self.c.freeze_norm: frozen_norms(self.model)
-    terms = self.losses(*self.moved(images, targets))
+    boxes, n = map(int, self.add(sum(len(t["labels"]) for _, ts in window for t in ts), sum(len(ts) for _, ts in window)))
+    self.opt.zero_grad(set_to_none=True)
+    terms = defaultdict(float)
+    for k, batch in enumerate(window):
+        with nullcontext() if k == len(window) - 1 else self.acc.no_sync(self.together), enough_memory(self.c):
+            for name, v in self.part_of_step(k, *batch, boxes, n).items(): terms[name] = terms[name] + v
+    terms = self.judge(dict(terms))
+    if self.c.clip: self.acc.clip_grad_norm_(self.trained.parameters(), self.c.clip)
+    self.opt.step()
+    if self.acc.optimizer_step_was_skipped: self.skipped += 1
+    else: self.ema.update(self.model)
+    self.step += 1
+    return terms
+
+@patch
+def judge(self: Learner, terms: dict) -> dict:
+    "The terms of all processes in sum; an infinite loss stops the run before the weights are touched"
+    if self.ranks > 1: terms = dict(zip(terms, self.acc.reduce(torch.stack([*terms.values()]), "sum")))
     loss = sum(terms.values())
     if self.step == 0 and self.method is not None: self.look_at_ratio(terms)
     if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: lower lr={self.c.lr}, or take precision='float32'; the last checkpoint is whole")
-    self.opt.zero_grad(set_to_none=True)
-    self.scaler.scale(loss).backward()
-    self.scaler.unscale_(self.opt)
-    if self.c.clip: nn.utils.clip_grad_norm_(self.trained.parameters(), self.c.clip)
-    self.scaler.step(self.opt); self.scaler.update()
-    self.ema.update(self.model)
-    self.step += 1
-    return {k: v.detach() for k, v in terms.items()}
+    if self.skipped > 100 and self.skipped > self.step / 2: raise FloatingPointError(f"{self.skipped} of {self.step} updates were left out because their gradients overflow in half precision: take precision='bfloat16' or 'float32'")
+    return terms
 
 # %% ../nbs/18_learner.ipynb #dcc6338b
 def grouped(terms: dict) -> dict:
@@ -291,14 +338,15 @@ def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the 
     "Train over the data once; a line of progress every `every` seconds"
     begun = n = max(self.step - self.epoch * self.steps, 0)  # after an interruption: the steps that are done
     self.since = said = saved = time.time()
-    for images, targets in loader(self.images, self.batches(self.epoch)[begun:], self.workers()):
-        for k, v in self.one_step(images, targets).items(): self.sums[k] = self.sums.get(k, 0.) + v
+    for window in zip(*[iter(loader(self.images, self.own(self.batches(self.epoch)[begun:]), self.workers()))] * self.c.accumulate):
+        for k, v in self.one_step(*(x for batch in window for x in batch)).items(): self.sums[k] = self.sums.get(k, 0.) + v
         n += 1
-        over = n == self.steps or self.late(self.since)
+        over = n == self.steps or self.step == self.total or self.late(self.since)
         if over or time.time() - said > every:
             said, rate = time.time(), (n - begun) * self.c.batch / (time.time() - self.since)
             mean = grouped({k: v / n for k, v in self.sums.items()})
             print(self.progress(mean, rate), flush=True)
+            self.acc.log(dict(mean, loss=sum(mean.values()), lr=self.opt.param_groups[0]["lr"], images_per_s=rate), self.step)
         if over: break
         if self.c.save_minutes and time.time() - saved > 60 * self.c.save_minutes: self.save(); saved = time.time()
     self.seconds, self.since, self.sums = self.seconds + time.time() - self.since, 0., {}
@@ -312,6 +360,12 @@ def batches(self: Learner, epoch: int) -> list:  # lists of (view, image)
     return [[(e % views, *key) for e, *key in b] for b in order(len(self.images), self.c.batch, self.c.seed, epoch, sides=sides)]
 
 @patch
+def own(self: Learner, batches: list) -> list:
+    "This process's micro-batches of these batches, one after the other"
+    n, A = self.ranks * self.c.accumulate, self.c.accumulate
+    return [piece(b, a * self.ranks + self.rank, n) for b in batches for a in range(A)] if n > 1 else batches
+
+@patch
 def progress(self: Learner, mean: dict, rate: float) -> str:
     "Where the run is, how it goes, how long it will take"
     left = clock((self.total - self.step) * self.c.batch / rate)
@@ -321,8 +375,13 @@ def progress(self: Learner, mean: dict, rate: float) -> str:
 
 @patch
 def late(self: Learner, since: float) -> bool:
-    "Whether the run has used up its `max_minutes`"
-    return bool(self.c.max_minutes) and self.seconds + time.time() - since > 60 * self.c.max_minutes
+    "Whether the run has used up its `max_minutes`; the first process's clock counts"
+    return bool(self.c.max_minutes) and self.agreed(self.seconds + time.time() - since > 60 * self.c.max_minutes)
+
+@patch
+def agreed(self: Learner, x):
+    "What the first process says, on all of them"
+    return broadcast_object_list([x])[0] if self.ranks > 1 else x
 
 @patch
 def workers(self: Learner) -> int:
@@ -334,13 +393,14 @@ def workers(self: Learner) -> int:
 @patch
 def state(self: Learner) -> dict:
     "Everything that shapes the future of the run"
-    return dict(trained=self.trained.state_dict(), ema=self.ema.model.state_dict(), ema_n=self.ema.n, opt=self.opt.state_dict(), scaler=self.scaler.state_dict(),
-                epoch=self.epoch, step=self.step, best=self.best, log=self.log, lam=self.lam, sums=self.sums,
+    return dict(trained=self.trained.state_dict(), ema=self.ema.model.state_dict(), ema_n=self.ema.n, opt=self.opt.state_dict(), scaler=self.acc.scaler.state_dict() if self.acc.scaler else {},
+                epoch=self.epoch, step=self.step, skipped=self.skipped, best=self.best, log=self.log, lam=self.lam, sums=self.sums,
                 seconds=self.seconds + (time.time() - self.since if self.since else 0.))
 
 @patch
 def save(self: Learner):
-    "Write the state whole, and keep the one before"
+    "Write the state whole, and keep the one before; the first process does"
+    if self.rank: return
     last = self.folder / "last"
     last.mkdir(parents=True, exist_ok=True)
     part, now, old = last / "state.part", last / "state.pt", last / "previous.pt"
@@ -359,28 +419,53 @@ def restore(self: Learner) -> bool:
     "Go on from the newest readable state; False if there is none at all"
     paths = [p for p in (self.folder / "last/state.pt", self.folder / "last/previous.pt") if p.exists()]
     for p in paths:
-        try: s = torch.load(p, map_location=self.device, weights_only=True)
-        except Exception as e: print(f"{self.folder.name}/last/{p.name} cannot be read ({type(e).__name__}); trying the one before", flush=True); continue
-        self.trained.load_state_dict(s["trained"]); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
-        self.opt.load_state_dict(s["opt"]); self.scaler.load_state_dict(s["scaler"])
-        self.epoch, self.step, self.best, self.seconds, self.log = s["epoch"], s["step"], s["best"], s["seconds"], s["log"]
-        self.lam, self.sums = s.get("lam", self.lam), s.get("sums", {})
+        try: self.take(torch.load(p, map_location=self.device, weights_only=True))
+        except Exception as e: print(f"{self.folder.name}/last/{p.name} cannot be used ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}); trying the one before", flush=True); continue
         print(f"resumed after epoch {self.epoch} (step {self.step})", flush=True)
         return True
     if paths: raise ValueError(f"no state in {self.folder / 'last'} can be read: restore a copy of it, or delete {self.folder} to start anew")
     return False
 
-# %% ../nbs/18_learner.ipynb #7ec847d0
+@patch
+def take(self: Learner, s: dict):
+    "A state as the present, all of it or an error"
+    self.trained.load_state_dict(s["trained"]); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
+    self.opt.load_state_dict(s["opt"])
+    if self.acc.scaler: self.acc.scaler.load_state_dict(s["scaler"])
+    self.epoch, self.step, self.best, self.seconds, self.log = s["epoch"], s["step"], s["best"], s["seconds"], s["log"]
+    self.lam, self.sums, self.skipped = s.get("lam", self.lam), s.get("sums", {}), s.get("skipped", 0)
+
+# %% ../nbs/18_learner.ipynb #b5787c87
 @patch
 def assess(self: Learner) -> dict:
     "AP of the averaged weights on the select split; the best are kept"
-    figures, _ = evaluate(self.ema.model, self.splits["select"])
+    figures, found = self.judged(self.ema.model, "select")
+    self.look_at_scores(max((f["score"] for f in found), default=0.))
     better = figures["AP"] > self.best["AP"]
     print(f"  select: AP {figures['AP']:.3f}  AP50 {figures['AP50']:.3f}  AP75 {figures['AP75']:.3f}" + ("  (best so far)" if better else ""), flush=True)
     if better:
         self.best = dict(AP=figures["AP"], epoch=self.epoch)
-        save_model(self.ema.model, self.folder / "best.safetensors", select_AP=figures["AP"], epoch=self.epoch, config=asdict(self.c))
-    return {f"select_{k}": figures[k] for k in ("AP", "AP50", "AP75")}
+        if not self.rank: save_model(self.ema.model, self.folder / "best.safetensors", select_AP=figures["AP"], epoch=self.epoch, config=asdict(self.c))
+    row = {f"select_{k}": figures[k] for k in ("AP", "AP50", "AP75")}
+    self.acc.log(row, self.step)
+    return row
+
+@patch
+def judged(self: Learner, model: RTDETR, name: str) -> tuple:  # the COCO figures, predictions
+    "One AP over a whole split: each process looks at its share of the images, and none is looked at twice"
+    split = self.splits[name]
+    if self.ranks == 1: return evaluate(model, split)
+    for v in model.buffers(): dist.broadcast(v, 0)  # unshared norms have counted differently
+    found = gather_object(predict(model, part(split, np.arange(self.rank, len(split), self.ranks), name)))
+    at = {i: k for k, i in enumerate(split.ids.tolist())}
+    found.sort(key=lambda d: at[d["image_id"]])
+    return coco_ap(ground_truth(split), found), found
+
+@patch
+def look_at_scores(self: Learner, most: float):
+    "A silent killer: the loss falls, and no score rises"
+    if self.step <= self.warmup or most >= .12 or len(self.log) < 1: return
+    if self.log[-1]["loss"] <= self.log[0]["loss"]: print(f"  after {self.step} steps no score is above {most:.2f}: if that stays while the loss falls, lr={self.c.lr} is too high for a batch of {self.c.batch}; halve it", flush=True)
 
 # %% ../nbs/18_learner.ipynb #45900978
 def inputs(c: Config) -> dict:  # name -> fingerprint
@@ -431,19 +516,19 @@ def fixed_batches(self: Learner, n: int = 4) -> list:
 # %% ../nbs/18_learner.ipynb #6a5a7eac
 class Pilot(Learner):
     "A short training on labels, beside which the methods' adapters learn"
-    def losses(self, images: Tensor, targets: list) -> dict:
+    def losses(self, images: Tensor, targets: list, boxes: int | None = None, share: float = 1.) -> dict:
         out, t = self.forward(images, targets)
         heard = detached(only(out, self.columns[1]) if self.columns else out)
         with torch.autocast(self.device.type, enabled=False):
-            kd = {k: v for p, m in parts_of(self.method, self.c.method).items() for k, v in m(heard, t, targets).items()}
-        return detection_losses(out, targets) | kd
+            kd = {k: share * v for p, m in parts_of(self.method, self.c.method).items() for k, v in m(heard, t, targets).items()}
+        return detection_losses(out, targets, boxes) | kd
 
     def run_pilot(self, steps: int) -> list:  # what `pulls` found at three stages
         self.warmup, self.total, found = round(self.warmup * steps / self.total), steps, []
         fixed, said = self.fixed_batches(), time.time()
         while self.step < steps:
-            for batch in loader(self.images, self.batches(self.epoch), self.workers()):
-                self.one_step(*batch)
+            for window in zip(*[iter(loader(self.images, self.own(self.batches(self.epoch)), self.workers()))] * self.c.accumulate):
+                self.one_step(*(x for batch in window for x in batch))
                 if self.step in {max(steps * k // 3, 1) for k in (1, 2, 3)}: found.append(self.pulls(fixed))
                 if time.time() - said > 15 or self.step == steps:
                     said = time.time(); print(f"pilot, to measure λ: step {self.step}/{steps}", flush=True)
@@ -455,19 +540,20 @@ class Pilot(Learner):
 @patch
 def measured(self: Learner) -> list:  # the stages
     "What the pilot found: of an earlier run, or of one now"
-    c = replace(self.c, seed=0, lam="1", rho=.2, name="pilot")
-    key = {k: v for k, v in asdict(c).items() if k not in (*FREE, "epochs", "max_minutes", "eval_every", "data", "teacher", "init", "cache", "cache_views")}
+    c = replace(self.c, seed=0, lam="1", rho=.2, name="pilot", tracker="none")
+    key = {k: v for k, v in asdict(c).items() if k not in (*FREE, "epochs", "max_minutes", "max_steps", "eval_every", "data", "teacher", "init", "cache", "cache_views")}
     key["code"] = hashlib.sha256("".join(inspect.getsource(inspect.getmodule(type(m))) for m in parts_of(self.method, c.method).values()).encode()).hexdigest()
     key |= dict(names=self.splits["train"].names, files=len(self.images), total=self.total, teacher=weights_mark(self.teacher.model), start=weights_mark(build_model(c, self.splits["train"].names, self.splits["train"].category_ids)) if c.init else "",
                 boxes=hashlib.sha256(self.splits["train"].boxes.tobytes()).hexdigest())
     path = cache_dir() / "pilots" / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            pilot = Pilot(c, self.splits)
-            pilot.answers = self.answers if not self.images.augment else None  # views belong to a seed
-            write_json(path, pilot.run_pilot(min(c.pilot, self.total)))
-    return json.loads(path.read_text())
+    with FileLock(f"{path}.lock") if not self.rank else nullcontext():
+        if self.agreed(path.exists()): return self.agreed(json.loads(path.read_text()) if not self.rank else None)
+        pilot = Pilot(c, self.splits)
+        pilot.answers = self.answers if not self.images.augment else None  # views belong to a seed
+        found = self.agreed(pilot.run_pilot(min(c.pilot, self.total)))
+        if not self.rank: write_json(path, found)
+        return found
 
 @patch
 def weigh(self: Learner):
@@ -477,10 +563,11 @@ def weigh(self: Learner):
     path = self.folder / "strength.json"
     fixed = self.c.lam not in ("auto", "adaptive")
     if fixed and not isinstance(self.method, Mix): self.lam = float(self.c.lam); return
-    if not path.exists():
+    if not self.agreed(path.exists()):
         average = average_weights(self.method) if isinstance(self.method, Mix) else None
-        write_json(path, strength(self.measured(), self.c.rho, average))
-    self.strength = json.loads(path.read_text())
+        found = strength(self.measured(), self.c.rho, average)
+        if not self.rank: write_json(path, found)
+    self.strength = self.agreed(json.loads(path.read_text()) if not self.rank else None)
     self.lam = float(self.c.lam) if fixed else self.strength["lam"]
     if isinstance(self.method, Mix): self.method.scale = self.strength["scale"]
     print(f"λ = {self.lam:.4g}" + ("" if fixed else f", for {self.c.rho:.0%} of the gradient at the encoder; share at three stages of the pilot: " + ", ".join(f"{s['share']:.0%}" for s in self.strength["stages"])), flush=True)
@@ -493,7 +580,7 @@ def adapt_lam(self: Learner):
     w = {p: v * (self.method.scale[p] if isinstance(self.method, Mix) else 1.) for p, v in w.items()}
     G = torch.tensor(found["gram"]).double()
     kd, det = self.lam * length(G, part_vector(found["names"], w)), float(G[0, 0]) ** .5
-    self.lam = adapt(self.lam, kd / (kd + det), self.c.rho)
+    self.lam = self.agreed(adapt(self.lam, kd / (kd + det), self.c.rho))
     print(f"distillation had {kd / (kd + det):.0%} of the gradient; λ = {self.lam:.4g} from here", flush=True)
 
 @patch
@@ -505,6 +592,7 @@ def open_cache(self: Learner):
             return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
     mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.dtype} {0 if self.method.whole else self.c.kd_points}"
     self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
+    self.teacher.to("cpu")  # nobody asks it again
 
 # %% ../nbs/18_learner.ipynb #cf5d8bfd
 def put_aside(folder: Path):
@@ -518,56 +606,81 @@ def put_aside(folder: Path):
 @patch
 def fit(self: Learner) -> dict:  # the content of metrics.json
     "Train to the end, evaluate the best weights on val once, write metrics.json"
+    lock = None if self.rank else self.hold()
+    try:
+        self.acc.wait_for_everyone()
+        return self.run()
+    finally:
+        if lock: lock.release()
+
+@patch
+def hold(self: Learner) -> FileLock:  # taken; raises OSError
+    "The folder, for this run alone"
     if not self.c.resume: put_aside(self.folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(self.folder / ".lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise OSError(f"{self.folder} is being trained by another process: wait for it, or give another name=…") from None
-    try: return self.run()
-    finally: lock.release()
+    return lock
 
 @patch
 def run(self: Learner) -> dict:
     "`fit`, with the folder to itself"
     same_experiment(self.folder, self.c)
     self.weigh()
-    if not self.restore(): write_json(self.folder / "config.json", asdict(self.c) | dict(inputs=inputs(self.c)))
+    if not self.restore() and not self.rank: write_json(self.folder / "config.json", asdict(self.c) | dict(inputs=inputs(self.c)))
+    self.track()
     n = sum(p.numel() for p in self.model.parameters())
-    print(f"{self.folder.name}: {n / 1e6:.2f} M parameters, {self.total} steps of {self.c.batch} images on {self.device}\n{summary(self.splits)}", flush=True)
-    while self.epoch < self.c.epochs and not self.late(time.time()):
+    print(f"{self.folder.name}: {n / 1e6:.2f} M parameters, {self.total} steps of {self.c.batch} images on {self.device}{f', {self.ranks} processes' if self.ranks > 1 else ''}\n{summary(self.splits)}", flush=True)
+    while self.epoch < self.c.epochs and self.step < self.total and not self.late(time.time()):
         if self.c.lam == "adaptive" and self.method and self.epoch and self.step == self.epoch * self.steps: self.adapt_lam()
         row = dict(epoch=self.epoch + 1) | self.one_epoch() | (dict(lam=self.lam) if self.method else {})
         self.epoch += 1
-        if self.epoch % self.c.eval_every == 0 or self.epoch == self.c.epochs or self.late(time.time()): row |= self.assess()
+        if self.epoch % self.c.eval_every == 0 or self.epoch == self.c.epochs or self.step == self.total or self.late(time.time()): row |= self.assess()
         self.log.append(row | dict(step=self.step, seconds=round(self.seconds, 1)))
-        (self.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.log))
+        if not self.rank: (self.folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in self.log))
         self.save()
     return self.finish()
+
+# %% ../nbs/18_learner.ipynb #8e21a0e5
+@patch
+def track(self: Learner):
+    "Open the keeper of curves, or go on in its"
+    name = self.folder.name
+    more = dict(tensorboard=dict(purge_step=self.step), wandb=dict(name=name, id=name, resume="allow"), trackio=dict(name=name, resume="allow"))
+    if self.c.tracker != "none": self.acc.init_trackers("tensorboard" if self.c.tracker == "tensorboard" else "rtdetr_kd", asdict(self.c), more)
 
 # %% ../nbs/18_learner.ipynb #9d4a16de
 @patch
 def finish(self: Learner) -> dict:
     "The one look at val"
+    self.acc.wait_for_everyone()
     best = load_model(self.folder / "best.safetensors").to(self.device)
-    figures, found = evaluate(best, self.splits["val"])
-    write_json(self.folder / "predictions.json", [f | dict(bbox=[round(x, 2) for x in f["bbox"]], score=round(f["score"], 5)) for f in found], indent=None)
+    figures, found = self.judged(best, "val")
+    self.acc.log({f"val_{k}": v for k, v in figures.items() if v is not None}, self.step)
+    if not self.rank: write_json(self.folder / "predictions.json", [f | dict(bbox=[round(x, 2) for x in f["bbox"]], score=round(f["score"], 5)) for f in found], indent=None)
     metrics = figures | dict(select_AP=self.best["AP"], best_epoch=self.best["epoch"], epochs=self.epoch, steps=self.step, train_seconds=round(self.seconds, 1),
                              parameters=sum(p.numel() for p in best.parameters()), method=self.c.method, seed=self.c.seed, teacher=getattr(self, "teacher_about", None), lam=self.lam if self.method else None, strength=self.strength,
-                             machine=dict(device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()))
-    write_json(self.folder / "metrics.json", metrics)
+                             machine=dict(device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version()) | (dict(processes=self.ranks) if self.ranks > 1 else {}))
+    if not self.rank: write_json(self.folder / "metrics.json", metrics)
+    self.acc.end_training()
     print(f"val: AP {figures['AP']:.3f}  AP50 {figures['AP50']:.3f}  AP75 {figures['AP75']:.3f}  -> {self.folder.name}/metrics.json", flush=True)
     return metrics
 
 # %% ../nbs/18_learner.ipynb #4ed9c435
 def train(c: Config) -> dict:  # the content of metrics.json
-    "Run an experiment, or read its result if it has ended before"
+    "Run an experiment, or read its result if it has ended before; of several processes the first one speaks"
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if int(os.environ.get("RANK", 0)) else nullcontext(): return experiment(c)
+
+def experiment(c: Config) -> dict:
+    "`train`, by one of its processes"
     folder = run_folder(c)
     if (folder / "metrics.json").exists() and c.resume:
         same_experiment(folder, c)
         print(f"{folder.name} has ended before: its result is read, nothing is trained (give resume=False or another name to train again)", flush=True)
         return json.loads((folder / "metrics.json").read_text())
     with plainly(): learner = Learner(c)
-    with plainly((FloatingPointError, OSError)): return learner.fit()
+    with plainly((FloatingPointError, OSError, MemoryError)): return learner.fit()
 
 # %% ../nbs/18_learner.ipynb #055ff96a
 def read_log(folder: Path) -> list:

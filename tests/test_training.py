@@ -52,7 +52,7 @@ def test_a_broken_checkpoint_falls_back_and_never_restarts(tiny, tmp_path, capsy
     (tmp_path / "run/metrics.json").unlink()
     (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:1000])
     train(c)
-    assert "cannot be read" in capsys.readouterr().out
+    assert "cannot be used" in capsys.readouterr().out
     (tmp_path / "run/metrics.json").unlink()
     for p in last.glob("*.pt"): p.write_bytes(b"gone")
     with pytest.raises(ValueError, match="no state .* can be read"): train(c)
@@ -180,3 +180,89 @@ def test_twenty_kills(tiny, tmp_path):
     for k in ("trained", "ema", "ema_n", "opt", "step", "best"): assert equal(a[k], b[k]), k
     rows = [[json.loads(r) for r in (tmp_path / w / "run/log.jsonl").read_text().splitlines()] for w in ("whole", "cut")]
     for x, y in zip(*rows, strict=True): assert x["loss"] == y["loss"] and x["select_AP"] == y["select_AP"]
+
+
+def test_a_damaged_state_is_not_half_used(tiny, tmp_path, capsys):
+    "A state that lacks a part falls back to the one before, and two of them stop the run"
+    c = config(tiny, tmp_path)
+    learner = Learner(c); learner.folder.mkdir(parents=True)
+    learner.one_step(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [learner.images[k][1] for k in range(8)])
+    learner.save(); learner.save()
+    s = weights(tmp_path); del s["opt"]["state"][0]["exp_avg"], s["ema_n"]
+    torch.save(s, learner.folder / "last/state.pt")
+    other = Learner(c)
+    assert other.restore() and other.ema.n == 1 and "cannot be used" in capsys.readouterr().out
+    torch.save(s, learner.folder / "last/previous.pt")
+    with pytest.raises(ValueError, match="no state in"): Learner(c).restore()
+
+
+def test_resumed_schedule_and_average_go_on(tiny, tmp_path):
+    "Learning rates and the average's counter after a resume are those of a run that never stopped"
+    a = Learner(config(tiny, tmp_path, warmup=6)); a.folder.mkdir(parents=True)
+    batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [a.images[k][1] for k in range(8)]
+    rate = lambda l: (l.one_step(*batch), l.opt.param_groups[0]["lr"], l.ema.n)[1:]
+    for _ in range(3): rate(a)
+    a.save()
+    b = Learner(config(tiny, tmp_path, warmup=6)); b.restore()
+    assert [rate(a) for _ in range(4)] == [rate(b) for _ in range(4)]
+
+
+def test_an_overflowing_update_moves_neither_schedule_nor_average(tiny, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    l = Learner(config(tiny, tmp_path, warmup=100))
+    batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [l.images[k][1] for k in range(8)]
+    rates = []
+    for skipped in (True, True, True, False, False):
+        monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: skipped))
+        l.one_step(*batch); rates.append(l.opt.param_groups[0]["lr"])
+    assert (l.step, l.skipped, l.ema.n) == (5, 3, 2) and len({*rates[:4]}) == 1 and rates[4] > rates[3]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"), MemoryError()])
+def test_out_of_memory_says_what_helps_and_leaves_a_state(tiny, tmp_path, error):
+    l, n = Learner(config(tiny, tmp_path, save_minutes=1e-9)), [0]
+    real = l.losses
+    def greedy(*a):
+        n[0] += 1
+        if n[0] == 3: raise error
+        return real(*a)
+    l.losses = greedy
+    with pytest.raises(MemoryError, match="checkpoint='all'.*accumulate=2"): l.fit()
+    assert weights(tmp_path)["step"] == 2
+    train(config(tiny, tmp_path, checkpoint="all"))  # the remedy goes on from there
+
+
+def altered(tiny, to, change):
+    "The tiny set with its annotations changed"
+    import shutil
+    shutil.copytree(tiny, to)
+    for p in to.rglob("instances_*.json"):
+        d = json.loads(p.read_text()); change(d); p.write_text(json.dumps(d))
+    return to
+
+
+def one_class(d):
+    d["categories"] = d["categories"][:1]
+    for a in d["annotations"]: a["category_id"] = d["categories"][0]["id"]
+
+def single_pixels(d):
+    for a in d["annotations"]: a["bbox"][2:], a["area"] = [1, 1], 1
+
+def crowded(d):
+    a = d["annotations"][0]
+    d["annotations"] += [a | dict(id=10**6 + k, bbox=[k, k, 9, 9]) for k in range(40)]
+
+
+@pytest.mark.parametrize("given, change, says", [
+    (dict(batch=1), None, ""), (dict(batch=7), None, ""), (dict(batch=5, accumulate=5), None, ""), (dict(method="query", teacher="random:toy", lam="1", cache="none", batch=1), None, ""),
+    ({}, one_class, ""), ({}, single_pixels, ""), (dict(queries=30), crowded, "30 queries find no more")])
+def test_small_and_odd_data_train(tiny, tmp_path, capsys, given, change, says):
+    data = altered(tiny, tmp_path / "data", change) if change else tiny
+    m = train(config(data, tmp_path, max_steps=2, **given))
+    assert m["steps"] == 2 and says in capsys.readouterr().out
+
+
+def test_low_scores_are_pointed_out(tiny, tmp_path, capsys):
+    l = Learner(config(tiny, tmp_path)); l.step, l.log = 50, [dict(loss=9.), dict(loss=5.)]
+    l.look_at_scores(.3); assert not capsys.readouterr().out
+    l.look_at_scores(.05); assert "halve it" in capsys.readouterr().out
