@@ -74,6 +74,7 @@ class Config:
     save_minutes: float = 10.  # between states written within an epoch, 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
     precision: str = "auto"  # float32, bfloat16, float16; auto: bfloat16 where a GPU has it
+    teacher_precision: str = "same"  # of a live teacher's forward pass: as the student's, float32 or bfloat16 (which processors of the last years compute twice as fast)
     checkpoint: str = ""  # stages computed again in the backward pass instead of kept: backbone, encoder, decoder, several joined by +, or all
     device: str = "auto"  # cpu, cuda; auto: a GPU if there is one
     tracker: str = "tensorboard"  # who keeps the curves: tensorboard (in the run's folder), wandb, trackio or none
@@ -147,6 +148,7 @@ def check(c: Config):
     stages(c.checkpoint)
     check_distillation(c)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16", "float16")); one_of("device", c.device, ("auto", "cpu", "cuda"))
+    one_of("teacher_precision", c.teacher_precision, ("same", "float32", "bfloat16"))
     one_of("tracker", c.tracker, ("tensorboard", "wandb", "trackio", "none"))
     if c.tracker != "none" and not importlib.util.find_spec(c.tracker): raise ValueError(f"tracker={c.tracker!r}: that package is not installed; pip install {c.tracker}, or give tracker='none'")
     if c.size not in SIZES:

@@ -115,6 +115,7 @@ class Learner:
         self.c, self.folder = c, run_folder(c)
         self.splits = splits or load_data(c.data, c.coco_subset, c.strict, c.exif)
         self.acc, self.dtype = accelerator(c, self.folder)
+        self.teacher_dtype = self.dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
         self.device, self.ranks, self.rank, train = self.acc.device, self.acc.num_processes, self.acc.process_index, self.splits["train"]
         self.room_for(train)
         self.model = build_model(c, train.names, train.category_ids).to(self.device, memory_format=torch.channels_last)
@@ -136,7 +137,7 @@ class Learner:
         self.total, self.warmup = min(self.steps * c.epochs, c.max_steps or self.steps * c.epochs), c.warmup
         self.epoch, self.step, self.skipped, self.best, self.seconds, self.log = 0, 0, 0, dict(AP=-1.), 0., []
         self.sums, self.since = {}, 0.  # of the running epoch: loss terms, when it began (or went on)
-        if self.teacher and self.dtype != torch.float32: self.teacher.lighten(self.dtype)
+        if self.teacher and self.teacher_dtype != torch.float32: self.teacher.lighten(self.teacher_dtype)
 
 # %% ../nbs/18_learner.ipynb #4d303a19
 @patch
@@ -197,7 +198,8 @@ def build_method(self: Learner) -> tuple:  # teacher, method; or None, None
 def live(self: Learner, images: Tensor) -> Output:
     "The teacher's answer as the method hears it: the classes in common, the surest queries"
     points = random_questions(len(images), self.method.lots, self.teacher_shapes, self.device) if self.method.lots else None
-    t = self.teacher(resized(images, self.teacher.model.spec.image_size), points, look=self.method.looks)
+    with torch.autocast(self.device.type, self.teacher_dtype, enabled=self.teacher_dtype != torch.float32):
+        t = self.teacher(resized(images, self.teacher.model.spec.image_size), points, look=self.method.looks)
     if self.columns: t = only(t, self.columns[0])
     t = t if self.method.whole else surest(t, self.c.kd_points)
     self.lots = points
@@ -587,10 +589,8 @@ def adapt_lam(self: Learner):
 def open_cache(self: Learner):
     "The teacher's answers from disk, computed first where they are not there"
     @torch.no_grad()
-    def ask(pixels):
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
-    mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.dtype} {0 if self.method.whole else self.c.kd_points}"
+    def ask(pixels): return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
+    mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.teacher_dtype} {0 if self.method.whole else self.c.kd_points}"
     self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
     self.teacher.to("cpu")  # nobody asks it again
 

@@ -130,6 +130,7 @@ class Rehearsal(Learner):
         self.classes, self.boxes, self.names = classes, boxes, [f"class {k}" for k in range(classes)]
         self.epoch, self.step, self.total, self.lam, self.columns, self.answers = 0, 0, 1, 1., None, None
         self.dtype = torch.float16 if c.precision == "auto" else getattr(torch, c.precision)
+        self.teacher_dtype = self.dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
         with self.of("weights"): self.model = self.placed(self.fresh())
         self.teacher, self.method = self.build_method() if c.method != "none" else (None, None)
         self.trained = nn.ModuleDict(dict(model=self.model) | (dict(method=self.method) if self.method is not None else {}))
@@ -155,7 +156,7 @@ def build_method(self: Rehearsal) -> tuple:  # teacher, method
     "As in the learner, without looking at data"
     with self.of("elsewhere" if self.c.cache == "disk" else "teacher"):
         teacher = Teacher(self.placed(RTDETR(teacher_spec(self.c.teacher, self.names))))
-        if self.dtype != torch.float32: teacher.lighten(self.dtype)
+        if self.teacher_dtype != torch.float32: teacher.lighten(self.teacher_dtype)
     side = self.c.image_size
     self.teacher_shapes = tuple((-(-side // s),) * 2 for s in teacher.model.backbone.strides)
     with self.of("weights"): return teacher, self.placed(make_method(self.c.method, self.model, teacher.model, method_options(self.c), self.c.stage_shape))
@@ -227,7 +228,7 @@ def predict(
     card: bool = True,  # with what a graphics card takes besides tensors
 ) -> dict:  # MiB at the peak by kind, and in total
     "What a training step needs"
-    with rehearsal(c, classes, boxes) as peak: return itemised(peak(c.batch), card)
+    with rehearsal(c, classes, boxes) as peak: return itemised(peak(-(-c.batch // c.accumulate)), card)
 
 # %% ../nbs/18_memory.ipynb #64decc0a
 def which_batch(
