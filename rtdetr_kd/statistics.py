@@ -35,7 +35,7 @@ def with_draws(
         if truth is None: truth, W = m.truth, draws(m.images, n)
         if not np.array_equal(truth, m.truth): raise ValueError(f"{run} was evaluated on other data than {runs.run.iloc[0]}: the two cannot be compared image by image")
         rows.append(resampled(m, W, list(figures)))
-    return runs.assign(variant=[variant(r) for _, r in runs.iterrows()], draws=rows)
+    return runs.assign(variant=runs.variant if "variant" in runs else [variant(r) for _, r in runs.iterrows()], draws=rows)
 
 def differences(
     runs: pd.DataFrame,  # with draws

@@ -221,7 +221,7 @@ def draw_strength() -> plt.Figure:
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(WIDTH, 2.))
         ends = sorted([(r.iloc[-1], names.get(k, SAID.get(k, k))) for k, r in t.iterrows()])
-        for k, (name, r) in enumerate(t.iterrows()): ax.plot(x, r, ["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1))][k % 6], marker="osv^D<>"[k % 7], ms=3, lw=.9, color=str(.1 * (k % 5)))
+        for k, (name, r) in enumerate(t.iterrows()): ax.plot(x, r, ls=["-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1))][k % 6], marker="osv^D<>"[k % 7], ms=3, lw=.9, color=str(.1 * (k % 5)))
         y = -1.
         for end, name in ends:
             y = max(end, y + .035); ax.annotate(name, (x[-1], end), (x[-1] + .02, y), va="center", fontsize=6.5, arrowprops=dict(arrowstyle="-", lw=.3, color=".6", shrinkA=0, shrinkB=2))
