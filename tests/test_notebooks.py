@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUNNABLE = ["train.ipynb", "ablation.ipynb"]
+RUNNABLE = ["train.ipynb", "ablation.ipynb", "export_model.ipynb"]
 
 
 def cells(path): return json.loads(path.read_text())["cells"]

@@ -1,0 +1,161 @@
+"Exported files, as strangers open them; the notebook that exports, as people run it"
+import json, os, re, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime"); pytest.importorskip("openvino")
+ROOT = Path(__file__).resolve().parent.parent
+STUDENT = ROOT / "weights/toy_student.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    from rtdetr_kd.export import write_onnx, write_openvino
+    from rtdetr_kd.weights import load_model
+    to = tmp_path_factory.mktemp("export")
+    onnx = write_onnx(load_model(STUDENT), to / "toy.onnx")
+    return dict(onnx=onnx, xml=write_openvino(onnx, to / "toy.xml"), folder=to)
+
+
+@pytest.fixture(scope="module")
+def recipe(files):
+    from rtdetr_kd.annotations import part
+    from rtdetr_kd.data import load_data
+    from rtdetr_kd.calibrate import calibrate
+    return calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12)
+
+
+def pictures(n, side=128):
+    from rtdetr_kd.toy import scene
+    return np.stack([scene("val", k, side)[0] for k in range(n)])
+
+
+def test_ten_lines_of_onnxruntime(files):
+    "The docs' ten lines, run in a process that cannot import this project, find what `detect` finds"
+    import nbformat
+    from rtdetr_kd.weights import load_model
+    cell = next(c.source for c in nbformat.read(ROOT / "nbs/22_export.ipynb", 4).cells if c.cell_type == "code" and "onnxruntime.InferenceSession(folder" in c.source)
+    assert len(cell.strip().splitlines()) <= 15
+    code = f"from pathlib import Path\nfolder = Path({str(files['folder'])!r})\nroot = lambda: Path({str(ROOT)!r})\n{cell}"
+    r = subprocess.run([sys.executable, "-I", "-c", code + "\nimport sys; assert 'torch' not in sys.modules and 'rtdetr_kd' not in sys.modules"], text=True, capture_output=True)
+    assert r.returncode == 0, r.stderr
+    found = load_model(STUDENT).detect(ROOT / "figures/scene.jpg")
+    said = [re.fullmatch(r"(\w+) (\d\.\d\d) at \[(.*)\]", l).groups() for l in r.stdout.strip().splitlines()]
+    assert sorted(n for n, *_ in said) == sorted(found.names)
+    for (_, s, b), p, box in zip(said, found.scores, found.boxes):
+        assert abs(float(s) - p) < .05 and np.abs(np.array(b.split(), float) - box).max() < 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_any_batch_in_every_runtime(files, n):
+    from rtdetr_kd.export import open_model
+    from rtdetr_kd.verify import compare
+    want = [v[:n] for v in open_model(STUDENT, threads=1)(pictures(5))]
+    for f in (files["onnx"], files["xml"]):
+        r = compare(tuple(want), open_model(f)(pictures(n)))
+        assert r["lost"] == 0 and r["score"] < 1e-3 and r["iou"] > .99, (f, r)
+
+
+def test_what_the_file_says(files):
+    from rtdetr_kd.export import open_model
+    from rtdetr_kd.weights import load_model, weights_mark
+    m = load_model(STUDENT)
+    for f in (files["onnx"], files["xml"]):
+        r = open_model(f)
+        assert (r.names, r.category_ids, r.size, r.about["weights"]) == (m.spec.names, m.spec.category_ids, 128, weights_mark(m))
+    assert not re.search(rb"/(root|home|work|tmp)/\w", files["onnx"].read_bytes()), "a path of one machine in the file"
+
+
+def test_damaged_and_foreign_files(files, tmp_path):
+    import onnx
+    from rtdetr_kd.export import open_model, write_openvino
+    whole = files["onnx"].read_bytes()
+    m = onnx.load(files["onnx"]); del m.metadata_props[:]; onnx.save(m, tmp_path / "foreign.onnx")
+    (tmp_path / "cut.onnx").write_bytes(whole[:len(whole) // 2]); (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "alone.xml").write_text(files["xml"].read_text())
+    for name, says in {"foreign.onnx": "was not written by rtdetr_kd", "cut.onnx": "copy or export it again", "empty.onnx": "export", "alone.xml": "alone.bin: there is no such model file",
+                       "none.onnx": "no such model file", "model.h5": "a model file ends in"}.items():
+        with pytest.raises((ValueError, FileNotFoundError)) as e: open_model(tmp_path / name)
+        assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("wrong", [(1, 3, 128, 128), (1, 64, 64, 3), (0, 128, 128, 3), (128, 128, 3)])
+def test_a_wrong_input_size(files, wrong):
+    from rtdetr_kd.export import open_model
+    for f in (files["onnx"], files["xml"]):
+        with pytest.raises(ValueError, match=r"\(b,128,128,3\)"): open_model(f)(np.zeros(wrong, np.uint8))
+
+
+def test_calibration_sees_what_inference_sees(files):
+    "E10: the arrays of the calibration are those of the evaluation"
+    from rtdetr_kd import calibrate, data, evaluate, verify
+    assert calibrate.Images is verify.Images is evaluate.Images is data.Images
+
+
+def test_entropy_is_not_minmax(files, recipe):
+    from rtdetr_kd.annotations import part
+    from rtdetr_kd.data import load_data
+    from rtdetr_kd.calibrate import calibrate
+    plain = calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12, "minmax")
+    width = lambda r: np.array([hi - lo for lo, hi in r["ranges"].values()])
+    assert (width(recipe) < .99 * width(plain)).mean() > .2  # with the defaults of ONNX Runtime: 0
+
+
+@pytest.mark.parametrize("target, name", [("onnxruntime", "a.onnx"), ("openvino", "b.xml"), ("tensorrt", "c.onnx")])
+def test_int8_finds_the_same_objects(files, recipe, target, name):
+    from rtdetr_kd.export import open_model
+    from rtdetr_kd.verify import compare
+    from rtdetr_kd.quantize import tensorrt_takes, write_int8
+    f = write_int8(files["onnx"], files["folder"] / name, recipe, target)
+    r = compare(open_model(files["onnx"])(pictures(8)), open_model(f)(pictures(8)), .5)
+    assert r["lost"] <= 1 and r["matched"] > 10
+    assert (tensorrt_takes(f) == []) if target == "tensorrt" else True
+
+
+def test_what_stays_in_float(files, recipe):
+    "Only convolutions of backbone and fusion read integers, unless asked"
+    import onnx
+    from rtdetr_kd.calibrate import DEFAULT, PARTS
+    from rtdetr_kd.quantize import write_int8
+    m = onnx.load(write_int8(files["onnx"], files["folder"] / "d.onnx", recipe, "tensorrt"))
+    made = {o: n for n in m.graph.node for o in n.output}
+    integer = [n for n in m.graph.node if n.op_type in ("Conv", "MatMul") and len(n.input) > 1 and made.get(n.input[1]) is not None and made[n.input[1]].op_type == "DequantizeLinear"]
+    assert len(integer) > 30 and all(n.op_type == "Conv" and n.name.startswith(tuple(s for p in DEFAULT for s in PARTS[p])) for n in integer)
+    floats = {"Softmax", "LayerNormalization", "TopK", "GridSample", "Log"}
+    for n in m.graph.node:
+        if n.op_type in floats: assert not any(i.endswith(".dq") for i in n.input), n.name
+
+
+def test_tensorrt_calls_exist_in_nvidias_interface():
+    "mypy against the stubs of 10.13"
+    pytest.importorskip("mypy")
+    import importlib.util
+    if importlib.util.find_spec("tensorrt") is None: pytest.skip("tensorrt-stubs are not installed")
+    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/tensorrt.py"), str(ROOT / "rtdetr_kd/engine.py")],
+                       text=True, capture_output=True, cwd=ROOT)
+    wrong = [l for l in r.stdout.splitlines() if "attr-defined" in l or "call-arg" in l or "arg-type" in l]
+    assert not wrong, "\n".join(wrong)
+
+
+def papermill(*words):
+    exe = Path(sys.executable).with_name("papermill")
+    return subprocess.run([exe, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=500, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words, says", [("-p precison int8", "did you mean 'precision'"), ("-p target tflite", "onnxruntime, openvino, tensorrt"), ("-p calibration_images 0", "at least 1"),
+                                         ("-p weights no/such.safetensors", "no such weights file"), ("-p parts head", "must be one of backbone, fusion")])
+def test_faults_stop_with_one_sentence(tmp_path, words, says):
+    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words.split(), "-p", "out", tmp_path / "x.onnx")
+    assert r.returncode != 0 and says in r.stderr
+    assert "Traceback" not in r.stderr.split("PapermillExecutionError")[-1]
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_the_command(tmp_path, tiny):
+    "INT8 for OpenVINO from the command line, checked and evaluated"
+    from rtdetr_kd.export import open_model
+    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", "-p", "data", tiny, "-p", "target", "openvino", "-p", "precision", "int8", "-p", "max_loss", .2, "-p", "evaluate", "true", "-p", "out", tmp_path / "x.xml")
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert open_model(tmp_path / "x.xml").precision.startswith("int8")
