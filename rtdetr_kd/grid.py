@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID', 'CONTROLS', 'STUDIES', 'Run', 'one_name', 'said_by', 'complete', 'results_of', 'settle', 'same_runs', 'plan',
            'seconds_for', 'spell', 'estimate', 'die_with_parent', 'launch', 'last_lines', 'progress', 'go_through',
-           'first_done', 'local', 'unlocked', 'on_ray', 'table_of', 'ablation']
+           'first_done', 'local', 'unlocked', 'on_ray', 'table_of', 'ablation', 'refuse_failed']
 
 # %% ../nbs/19_grid.ipynb #259c18d2
 import ctypes, difflib, json, math, os, signal, statistics, subprocess, sys, time
@@ -305,3 +305,8 @@ def ablation(
     bad = {k: v for k, v in outcome.items() if v != "finished"}
     print(f"{len(todo) - len(bad)} of {len(todo)} runs are finished" + "".join(f"\n  {c}, seed {k}: {v}" for (c, k), v in bad.items()), flush=True)
     return table_of(todo, outcome)
+
+def refuse_failed(table: pd.DataFrame):
+    "An ablation that lacks a run is no success: raises RuntimeError, after everything has been tried"
+    bad = table[table.state != "finished"]
+    if len(bad): raise RuntimeError(f"{len(bad)} of {len(table)} runs are not finished (listed above; each one's output.txt is in its run folder): the same command tries them again")
