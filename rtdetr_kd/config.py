@@ -57,6 +57,7 @@ class Config:
     alignment: str = "shared"  # of query distillation: shared, hungarian or index
     query_points: str = "teacher"  # whose questions: teacher, random or both
     kd_points: int = 100  # the teacher's surest queries that are used, and questions drawn by lot
+    shuffle_teacher: bool = False  # the control: each image gets the teacher's answer to another image of the batch
     kd_layers: str = "spaced"  # teacher layers that student layers imitate; last: all the last one
     attention_loss: str = "moments"  # of query distillation: moments, cosine or kl
     stage_shape: str = "cosine"  # of method stage: cosine, linear, step, sigmoid, or one of them with _inverse
@@ -138,6 +139,7 @@ def check_distillation(c: Config):
         raise ValueError(f"lam={c.lam!r}: must be auto, adaptive, or a number between 0 and 1000000")
     if c.query_points != "teacher" and c.alignment != "shared":
         raise ValueError(f"query_points={c.query_points!r} with alignment={c.alignment!r}: only shared queries can be asked other questions; give alignment='shared'")
+    if c.shuffle_teacher and c.batch < 2: raise ValueError("shuffle_teacher=True with batch=1: there is no other image in the batch; give batch=2 or more")
     if c.query_points != "teacher" and c.cache == "disk":
         raise ValueError(f"query_points={c.query_points!r} with cache='disk': questions drawn by lot need a live teacher; give cache='none'")
 

@@ -65,9 +65,11 @@ def variant(
 ) -> str:
     "The method and the settings of distillation that are not the data set's defaults"
     usual = lambda k: PRESETS.get(run.data, PRESETS["folder"]).get(k, getattr(Config, k))
-    untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") else ())  # the control has the λ of its method
+    shuffled = run.get("shuffle_teacher") in (True, 1)
+    untold = ("teacher", "alignment") + (("lam", "rho") if str(run.teacher).startswith("random:") or shuffled else ())  # a control has the λ of its method
     told = [f"{k}={run[k]}" for k in KD if k in run and not pd.isna(run[k]) and run[k] != usual(k) and k not in untold]
-    if run.method == "none": return "none"
+    if run.method == "none": return "none" if run.data != "toy" or run.epochs == usual("epochs") else f"none ({run.epochs:g} epochs)"
+    if shuffled: told.append("shuffled teacher")
     if str(run.teacher).startswith("random:"): told.append("untrained teacher")
     elif run.teacher: told.append(f"teacher {run.teacher}")
     if run.get("alignment", "shared") != "shared": told.insert(0, f"{run.alignment}")
@@ -76,7 +78,7 @@ def variant(
 # %% ../nbs/20_results.ipynb #18ead7dc
 def same_budget(runs: pd.DataFrame):
     "Refuse runs that differ in more than method, seed and settings of distillation"
-    free = {*FREE, *KD, "method", "seed", "kd_points", "pilot", "cache", "cache_views"}
+    free = {*FREE, *KD, "method", "seed", "kd_points", "pilot", "cache", "cache_views", "shuffle_teacher"}
     mixed = [k for k in asdict(Config()) if k in runs and k not in free and runs[k].astype(str).nunique() > 1]
     if mixed: raise ValueError(f"these runs differ in {', '.join(mixed)}: a table compares runs of one budget; select them first")
 
@@ -181,11 +183,12 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
-# %% ../nbs/20_results.ipynb #41843087
+# %% ../nbs/20_results.ipynb #e79d0ec7
 def toy_study(runs: pd.DataFrame | None = None) -> pd.DataFrame:
     "The published toy runs of the study: all methods at the ρ of the data set's defaults, and the controls"
     runs = published() if runs is None else runs
-    control = runs.teacher.astype(str).str.startswith("random:")
+    runs = runs[runs.epochs == PRESETS["toy"]["epochs"]]
+    control = runs.teacher.astype(str).str.startswith("random:") | (runs.get("shuffle_teacher", False) == True)
     return runs[(runs.data == "toy") & (runs["size"] == "toy") & ((runs.method == "none") | control | ((runs.rho == PRESETS["toy"]["rho"]) & (runs.lam == "auto")))]
 
 def strengths(runs: pd.DataFrame | None = None) -> pd.DataFrame:  # a row for each variant, a column for each ρ
