@@ -3,7 +3,7 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: train test teacher results ablation paper clean help
+.PHONY: train test teacher results ablation paper reproduce clean help
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
@@ -12,6 +12,7 @@ help:
 	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
 	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
 	@echo "make paper    the manuscript from the committed result files: paper/paper.pdf (needs LaTeX)"
+	@echo "make reproduce RUN=toy-none   train a published run again: its metrics must come out the same to the last digit (minutes)"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
@@ -48,6 +49,10 @@ results: $(VENV)/.ready
 
 ablation: $(VENV)/.ready
 	$(BIN)/papermill nbs/ablation.ipynb -p preset toy
+
+RUN ?= toy-none
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m rtdetr_kd.results --reproduce $(RUN)
 
 paper: $(VENV)/.ready
 	$(BIN)/python -m rtdetr_kd.paper
