@@ -3,7 +3,7 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: serve train test teacher results docs ablation paper clean help
+.PHONY: serve train test teacher results docs ablation paper clean help reproduce
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs     every notebook with its outputs, the API and the guides as a site, offline: _site/index.html"
 	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
 	@echo "make paper    the manuscript from the committed result files: paper/paper.pdf (needs LaTeX)"
+	@echo "make reproduce RUN=toy-none   train a published run again: its metrics must come out the same to the last digit (minutes)"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
@@ -63,6 +64,10 @@ docs: $(VENV)/.ready
 
 ablation: $(VENV)/.ready
 	$(BIN)/papermill nbs/ablation.ipynb -p preset toy
+
+RUN ?= toy-none
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m rtdetr_kd.results --reproduce $(RUN)
 
 paper: $(VENV)/.ready
 	$(BIN)/python -m rtdetr_kd.paper

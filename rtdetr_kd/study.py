@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TELLING', 'SAID', 'ESCAPED', 'STYLE', 'WIDTH', 'LINES', 'config_name', 'runs_of_study', 'spoken', 'questions',
-           'is_method', 'families', 'study', 'read', 'comparisons', 'processor', 'costs', 'measure_models',
+           'is_method', 'families', 'overview', 'study', 'read', 'comparisons', 'processor', 'costs', 'measure_models',
            'method_rows', 'p_text', 'comparison_rows', 'model_rows', 'strength_rows', 'escaped', 'latex', 'texts',
            'draw_comparison', 'logs', 'draw_curves', 'draw_strength', 'draw_sizes', 'draw_latency', 'hits', 'differing',
            'draw_examples', 'figures_of_study', 'tables_of_study', 'write_figures']
@@ -77,14 +77,25 @@ def families(pairs: list) -> dict:
     first = [(a, b) for a, b in pairs if b == "none" and is_method(a)]
     return dict(methods=first, controls=[p for p in pairs if p not in first])
 
+def overview(runs: pd.DataFrame, c: pd.DataFrame) -> pd.DataFrame:
+    "The README's table: AP over seeds, the difference to none and to an untrained teacher, the verdicts"
+    found = {(r.variant, r.control): r for r in c.itertuples()}
+    told = lambda r: "" if r is None else f"{r.gain:+.3f}" + (f" [{r.low:+.3f}, {r.high:+.3f}]" if r.n > 1 else "")
+    rows = []
+    for v in [v for v in GRID if v in {*runs.variant}]:
+        own, a, b = runs[runs.variant == v], found.get((v, "none")), found.get((v, f"{v} untrained"))
+        rows.append({"method": spoken(v), "seeds": len(own), "AP": pm(own.AP), "AP50": pm(own.AP50), "AP − none [95 %]": told(a), "verdict": a.verdict if a else "the baseline",
+                     "AP − untrained teacher [95 %]": told(b), "verdict on that": b.verdict if b else ""})
+    return pd.DataFrame(rows)
+
 def study(n: int = 1000) -> dict:
     "Every comparison, on n resamples of the images"
     runs = with_draws(runs_of_study(), n, ("AP", "APs", "APm"))
     asked = families(questions(runs))
     plain = lambda t: json.loads(t.round(6).to_json(orient="records"))
     sizes = [plain(compare(runs, asked["methods"], f, k).assign(figure=f)) for k, f in enumerate(("AP", "APs", "APm"))]
-    return dict(resamples=n, images=int(load(root() / "runs/published" / runs.run.iloc[0] / FILE).images), sizes=sum(sizes, []),
-                comparisons=sum((plain(compare(runs, pairs).assign(family=f)) for f, pairs in asked.items() if pairs), []))
+    every = sum((plain(compare(runs, pairs).assign(family=f)) for f, pairs in asked.items() if pairs), [])
+    return dict(resamples=n, table=plain(overview(runs, pd.DataFrame(every))), images=int(load(root() / "runs/published" / runs.run.iloc[0] / FILE).images), sizes=sum(sizes, []), comparisons=every)
 
 def read(name: str):
     "A published result file of the study"
@@ -185,7 +196,7 @@ def draw_comparison(c: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
             ax.plot([r.low, r.high], [y, y], "k-", lw=.9)
             ax.plot(r.gain, y, "D", color="k", mfc="k" if r.verdict != "no difference shown" else "w", ms=3.6)
         ax.axvline(0, color=".5", lw=.6)
-        ax.set(yticks=range(len(c)), yticklabels=[f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()], xlabel="AP minus AP of no distillation, same seed")
+        ax.set(yticks=range(len(c)), yticklabels=[f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()], xlabel="difference in AP to none, same seed")
         fig.tight_layout(pad=.3)
     return fig
 
@@ -242,7 +253,7 @@ def draw_sizes(t: pd.DataFrame) -> plt.Figure:
             ax.plot(own.gain, y, mark, color="k", mfc="w" if k else ".5", mec="k" if k else ".5", ms=3.4, ls="", label=label)
         ax.axvline(0, color=".5", lw=.6)
         ax.set(yticks=range(len(order)), yticklabels=[spoken(v) for v in order], xlabel="difference to no distillation")
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(.5, 1), ncols=2, borderaxespad=0)
         fig.tight_layout(pad=.3)
     return fig
 
