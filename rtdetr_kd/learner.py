@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['build_model', 'try_out', 'shipped_teacher', 'param_groups', 'lr_factor', 'frozen_norms', 'EMA', 'Learner',
-           'teacher_model', 'method_options', 'move_to', 'resized', 'grouped', 'clock', 'inputs', 'same_experiment',
-           'Pilot', 'put_aside', 'train', 'experiment', 'read_log', 'curves', 'beside_truth']
+           'teacher_model', 'method_options', 'move_to', 'resized', 'grouped', 'clock', 'unguarded', 'inputs',
+           'same_experiment', 'Pilot', 'put_aside', 'train', 'experiment', 'read_log', 'curves', 'beside_truth']
 
 # %% ../nbs/18_learner.ipynb #9897d471
-import copy, hashlib, inspect, json, math, os, platform, time
+import copy, hashlib, inspect, json, math, multiprocessing, os, platform, sys, time
 from collections import defaultdict
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,7 +39,7 @@ from .kd_schedules import Mix, make_method, parts_of
 from .losses import detection_losses
 from .model import RTDETR, SIZES, Output, Spec
 from .strength import adapt, average_weights, detached, gram, length, part_vector, strength
-from .together import Trained, accelerator, enough_memory, piece, share_norms
+from .together import Trained, accelerator, enough_disk, enough_memory, others_there, piece, share_norms
 from .toy import cache_dir
 from .weights import OFFICIAL_AP, fingerprint, init_from, load_model, save_model, weights_mark
 
@@ -388,8 +389,17 @@ def agreed(self: Learner, x):
 @patch
 def workers(self: Learner) -> int:
     "Loader processes: none for small images, which cost less than the processes"
-    if self.c.workers >= 0: return self.c.workers
-    return 0 if self.c.image_size <= 160 else min(4, max(1, (os.cpu_count() or 1) - 1))
+    n = self.c.workers if self.c.workers >= 0 else 0 if self.c.image_size <= 160 else min(4, max(1, (os.cpu_count() or 1) - 1))
+    return 0 if n and unguarded() else n
+
+@cache
+def unguarded() -> bool:
+    "Whether each loader process would run the whole script again, as on Windows and macOS; says so once"
+    main = sys.modules["__main__"]
+    path, how = getattr(main, "__file__", None), multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if how == "fork" or not path or main.__spec__ or "__main__" in Path(path).read_text(encoding="utf-8", errors="ignore"): return False
+    print(f"{Path(path).name} has no line if __name__ == '__main__': and each process that loads images would run it again; images are loaded without further processes (workers=0)", flush=True)
+    return True
 
 # %% ../nbs/18_learner.ipynb #faf77bfa
 @patch
@@ -421,7 +431,7 @@ def restore(self: Learner) -> bool:
     "Go on from the newest readable state; False if there is none at all"
     paths = [p for p in (self.folder / "last/state.pt", self.folder / "last/previous.pt") if p.exists()]
     for p in paths:
-        try: self.take(torch.load(p, map_location=self.device, weights_only=True))
+        try: self.take(torch.load(p, map_location="cpu", weights_only=True))
         except Exception as e: print(f"{self.folder.name}/last/{p.name} cannot be used ({type(e).__name__}: {str(e).splitlines()[0][:80] if str(e) else ''}); trying the one before", flush=True); continue
         print(f"resumed after epoch {self.epoch} (step {self.step})", flush=True)
         return True
@@ -591,7 +601,7 @@ def open_cache(self: Learner):
     @torch.no_grad()
     def ask(pixels): return self.live(pixels.to(self.device).float().div(255).contiguous(memory_format=torch.channels_last))
     mark = f"{weights_mark(self.teacher.model)} {self.teacher.model.spec} {self.columns} {self.teacher_dtype} {0 if self.method.whole else self.c.kd_points}"
-    self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
+    with plainly((ValueError,)): self.answers = cached_answers(self.images, self.c.cache_views, ask, self.method, mark, self.c.batch)
     self.teacher.to("cpu")  # nobody asks it again
 
 # %% ../nbs/18_learner.ipynb #cf5d8bfd
@@ -609,7 +619,8 @@ def fit(self: Learner) -> dict:  # the content of metrics.json
     lock = None if self.rank else self.hold()
     try:
         self.acc.wait_for_everyone()
-        return self.run()
+        if self.add(int((self.folder / ".lock").exists()))[0] < self.ranks: raise OSError(f"not every process sees the folder {self.folder}, where the first one writes the state for all: give runs=<a folder on a disk that all machines share>")
+        with enough_disk(self.folder): return self.run()
     finally:
         if lock: lock.release()
 
@@ -626,9 +637,10 @@ def hold(self: Learner) -> FileLock:  # taken; raises OSError
 @patch
 def run(self: Learner) -> dict:
     "`fit`, with the folder to itself"
-    same_experiment(self.folder, self.c)
+    with plainly((ValueError,)): same_experiment(self.folder, self.c)
     self.weigh()
-    if not self.restore() and not self.rank: write_json(self.folder / "config.json", asdict(self.c) | dict(inputs=inputs(self.c)))
+    with plainly((ValueError,)): resumed = self.restore()
+    if not resumed and not self.rank: write_json(self.folder / "config.json", asdict(self.c) | dict(inputs=inputs(self.c)))
     self.track()
     n = sum(p.numel() for p in self.model.parameters())
     print(f"{self.folder.name}: {n / 1e6:.2f} M parameters, {self.total} steps of {self.c.batch} images on {self.device}{f', {self.ranks} processes' if self.ranks > 1 else ''}\n{summary(self.splits)}", flush=True)
@@ -676,11 +688,11 @@ def experiment(c: Config) -> dict:
     "`train`, by one of its processes"
     folder = run_folder(c)
     if (folder / "metrics.json").exists() and c.resume:
-        same_experiment(folder, c)
+        with plainly(): same_experiment(folder, c)
         print(f"{folder.name} has ended before: its result is read, nothing is trained (give resume=False or another name to train again)", flush=True)
         return json.loads((folder / "metrics.json").read_text())
-    with plainly(): learner = Learner(c)
-    with plainly((FloatingPointError, OSError, MemoryError)): return learner.fit()
+    with plainly((ValueError, TypeError, OSError)), others_there(): learner = Learner(c)
+    with plainly((FloatingPointError, OSError, MemoryError)), others_there(): return learner.fit()
 
 # %% ../nbs/18_learner.ipynb #055ff96a
 def read_log(folder: Path) -> list:

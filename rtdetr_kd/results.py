@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KD', 'METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'reproduce', 'pm', 'variant', 'same_budget',
            'paired', 'verdict', 'untrained', 'over_control', 'interval', 'method_table', 'markdown', 'draw_gains',
-           'fill', 'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'update_readme', 'draw_readme']
+           'fill', 'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'memory_block', 'latency_block',
+           'update_readme', 'draw_readme']
 
 # %% ../nbs/20_results.ipynb #ce22f7f1
 import argparse, json, re, shutil
@@ -239,8 +240,24 @@ def bccd_block(runs: pd.DataFrame) -> str:
     return (f"BCCD (blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
             f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
 
-# %% ../nbs/20_results.ipynb #be165002
-BLOCKS = dict(toy=toy_block, bccd=bccd_block)
+# %% ../nbs/20_results.ipynb #851383ce
+def memory_block(runs: pd.DataFrame) -> str:
+    "The README's sentence on memory"
+    kept = json.loads((root() / "runs/published/memory.json").read_text())
+    most = {r["checkpoint"]: r["batch"][0] for r in kept["rows"] if r["pair"] == "r18 from r50, 640 px"}  # of the smallest card
+    return (f"A canonical R18 student (300 queries, three levels) distilled from R50 at 640 px in half precision fits a 4 GB card with batch {most['nothing']}, "
+            f"and with batch {most['all']} where activations are computed again (predicted without a card; the predictor agrees with measured peaks on a CPU).")
+
+def latency_block(runs: pd.DataFrame) -> str:
+    "The README's table of the exported students"
+    lines = []
+    for data, said in (("toy", "toy student"), ("bccd", "BCCD student, from an interrupted training")):
+        kept = json.loads((root() / f"runs/published/latency/{data}.json").read_text())
+        rows = [dict(student=said, runtime=r["model"], AP=f"{r['AP']:.3f}", ms=f"{r['ms']:.1f}", MB=f"{r['MB']:.1f}") for r in kept["rows"]]
+        lines, m = lines + rows, kept["about"]["machine"]
+    return markdown(pd.DataFrame(lines)) + f"\n\nMilliseconds of one image, median, on {m['cpu']}."
+
+BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, latency=latency_block)
 
 def update_readme(check: bool = False):
     "Fill the README's blocks from the published runs, or with `check` refuse a README that differs from them"

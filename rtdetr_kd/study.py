@@ -322,7 +322,7 @@ def write_figures(folder: Path):
     "PDF and PNG of every figure; the same figure gives the same file"
     for name, make in figures_of_study().items():
         fig = make()
-        fig.savefig(folder / f"{name}.pdf", metadata=dict(CreationDate=None, ModDate=None)); fig.savefig(folder / f"{name}.png", metadata=dict(Software=None))
+        fig.savefig(folder / f"{name}.pdf", metadata=dict(CreationDate=None, ModDate=None)); fig.savefig(folder / f"{name}.png", dpi=220, metadata=dict(Software=None))
         plt.close(fig); print("drawn", name, flush=True)
 
 # %% ../nbs/20_study.ipynb #24b5720a

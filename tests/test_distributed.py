@@ -4,7 +4,7 @@ import json, os, socket, subprocess, sys
 import pytest
 import torch
 
-from rtdetr_kd.config import configure
+from rtdetr_kd.config import Stop, configure
 from rtdetr_kd.data import loader
 from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model import SIZES
@@ -68,13 +68,13 @@ def free_port() -> str:
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return str(s.getsockname()[1])
 
 
-def pair(words: list, limit: float = 300) -> list:
-    "The same command as two processes of one group"
+def pair(words: list, limit: float = 300, dies: bool = False) -> list:
+    "The same command as two processes of one group; what they say"
     env = os.environ | dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     ps = [subprocess.Popen([sys.executable, *words], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     try: said = [p.communicate(timeout=limit)[0] for p in ps]
     finally: [p.kill() for p in ps]
-    assert not any(p.returncode for p in ps), "\n".join(said)[-3000:]
+    assert [p.returncode for p in ps] == [0, -9 if dies else 0], "\n".join(said)[-3000:]
     return said
 
 
@@ -127,3 +127,37 @@ def test_the_command_with_two_processes(tiny_odd, tmp_path):
 def test_half_a_launcher_is_refused(monkeypatch, tiny_odd, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2"); monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="no launcher says which"): train(settings(tiny_odd, tmp_path))
+
+
+def alone(data, runs):
+    "One process of two: folders apart are refused; the second one dies in the middle of an epoch"
+    torch.set_num_threads(1)
+    rank, step = int(os.environ["RANK"]), Learner.one_step
+    try: train(settings(data, runs / str(rank)))
+    except Stop as e: print(f"apart: {e}", flush=True)
+    def dying(self, *a):
+        if self.step == 6 and self.rank: os.kill(os.getpid(), 9)
+        return step(self, *a)
+    Learner.one_step = dying
+    try: train(settings(data, runs, name="cut", save_minutes=1e-9))
+    except Stop as e: print(f"stopped: {e}", flush=True)
+
+
+def whole(data, runs):
+    "One process of two: the run that was cut goes on, and another is never cut"
+    torch.set_num_threads(1)
+    for name in ("cut", "whole"): train(settings(data, runs, name=name, save_minutes=1e-9))
+
+
+def test_a_process_that_dies(tiny_odd, tmp_path):
+    "The other one says so and stops; the same command goes on, bit for bit as if nothing had happened"
+    call = lambda f: ["-c", f"import sys; from pathlib import Path; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_distributed import {f}; {f}(Path({str(tiny_odd)!r}), Path({str(tmp_path)!r}))"]
+    first, second = pair(call("alone"), dies=True)
+    assert "apart: not every process sees the folder" in first and "stopped: another process of this run has ended" in first
+    assert "apart: not every process" in second and "stopped:" not in second
+    read = lambda name: torch.load(tmp_path / name / "last/state.pt", weights_only=True)
+    assert read("cut")["step"] in (5, 6)
+    assert "resumed after epoch 1" in pair(call("whole"))[0]
+    a, b = read("cut"), read("whole")
+    assert (a["step"], a["ema_n"], a["best"]) == (b["step"], b["ema_n"], b["best"]) == (8, 8, b["best"])
+    for part in ("trained", "ema"): assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), part

@@ -266,3 +266,58 @@ def test_low_scores_are_pointed_out(tiny, tmp_path, capsys):
     l = Learner(config(tiny, tmp_path)); l.step, l.log = 50, [dict(loss=9.), dict(loss=5.)]
     l.look_at_scores(.3); assert not capsys.readouterr().out
     l.look_at_scores(.05); assert "halve it" in capsys.readouterr().out
+
+
+def test_a_full_disk_while_the_best_weights_are_written(tiny, tmp_path, monkeypatch):
+    import rtdetr_kd.learner as L
+    from safetensors import SafetensorError
+    def full(*a, **kw): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(L, "save_model", full)
+    with pytest.raises(OSError, match="is full: make room and start the same command again"): Learner(config(tiny, tmp_path, save_minutes=1e-9)).fit()
+    monkeypatch.undo()
+    assert weights(tmp_path)["step"] == 2  # the epoch's last step is done again
+    train(config(tiny, tmp_path))
+    train(config(tiny, tmp_path / "whole"))
+    assert equal(weights(tmp_path)["trained"], weights(tmp_path / "whole")["trained"])
+
+
+def test_best_stays_best_after_a_resume(tiny, tmp_path, monkeypatch):
+    "The best score is part of the state: a worse epoch after a resume does not take the file"
+    a = Learner(config(tiny, tmp_path)); a.folder.mkdir(parents=True)
+    judge = lambda ap: lambda self, model, name: (dict.fromkeys(("AP", "AP50", "AP75"), ap), [])
+    monkeypatch.setattr(Learner, "judged", judge(.5))
+    a.assess(); a.save()
+    file = tmp_path / "run/best.safetensors"
+    before = file.read_bytes()
+    b = Learner(config(tiny, tmp_path)); b.restore()
+    monkeypatch.setattr(Learner, "judged", judge(.31))
+    assert b.assess()["select_AP"] == .31 and b.best == dict(AP=.5, epoch=0) and file.read_bytes() == before
+
+
+def test_a_resume_with_another_setting_is_one_sentence(tiny, tmp_path):
+    from rtdetr_kd.train_cli import main
+    words = [f"--{k}={v}" for k, v in dict(data=tiny, size="toy", image_size=64, batch=8, max_steps=1, workers=0, tracker="none", runs=tmp_path, name="run").items()]
+    main(words)
+    with pytest.raises(SystemExit, match=r"Stopped: .* holds a run with lr=0.001 \(now 0.002\)"): main([*words, "--lr=2e-3"])
+
+
+def test_a_script_without_a_main_guard(tiny, tmp_path):
+    "Where processes start anew, as on Windows, each loader process would run the script again"
+    import os, subprocess, sys
+    script = tmp_path / "go.py"
+    script.write_text("import multiprocessing\nmultiprocessing.set_start_method('spawn')\nfrom rtdetr_kd.config import configure\nfrom rtdetr_kd.learner import train\n"
+                      f"train(configure(data={str(tiny)!r}, size='toy', image_size=64, batch=8, max_steps=2, workers=2, tracker='none', runs={str(tmp_path)!r}, name='run'))\n")
+    p = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert p.stdout.count("go.py has no line if __name__") == 1 and p.stdout.count("val: AP") == 1
+
+
+def test_predictions_that_are_not_finite_are_not_matched():
+    from rtdetr_kd.matching import match
+    logits, boxes = torch.zeros(1, 1, 4, 2), torch.full((1, 1, 4, 4), .5)
+    target = [dict(labels=torch.tensor([1]), boxes=torch.full((1, 4), .5))]
+    assert len(match(logits, boxes, target)[0]) == 1
+    for spoilt in (logits, boxes):
+        spoilt[0, 0, 2, 1] = float("nan")  # at the class that is looked for
+        with pytest.raises(FloatingPointError, match="predictions are not finite"): match(logits, boxes, target)
+        spoilt[0, 0, 2, 1] = .5
