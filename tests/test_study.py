@@ -131,6 +131,7 @@ def test_a_failed_and_a_killed_run_do_not_stop_the_others(stub, tmp_path, monkey
     monkeypatch.setattr(grid, "launch", lambda s, f, threads=0: launch(s, f, threads, stub))
     go = lambda: grid.ablation("toy", "none,none longer,cwd,cwd untrained,mgd,query", 1, str(tmp_path / "runs"), workers=3).set_index("configuration").state
     state, said = go(), capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="3 of 6 runs are not finished"): grid.refuse_failed(state.reset_index())  # what makes the command fail
     assert [state[k] for k in ("none", "none longer", "query")] == ["finished"] * 3
     assert "this one never works" in state["cwd"] and state["cwd untrained"] == "waits for cwd" and "died" in state["mgd"].lower()
     assert "3 of 6 runs are finished" in said and "cwd, seed 0: failed" in said
@@ -187,6 +188,25 @@ def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
     with torch.no_grad(): own, other = (l.hear(images, targets)[0] for l in (plain, shuffled))
     assert torch.allclose(other.boxes, own.boxes.roll(1, 0), atol=1e-5) and not torch.allclose(other.boxes, own.boxes, atol=1e-3)
     with pytest.raises(ValueError, match="no other image"): configure(**kw | dict(batch=1), shuffle_teacher=True)
+
+
+def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
+    from rtdetr_kd.learner import train
+    from rtdetr_kd.results import reproduce
+    kw = dict(data=str(tiny), method="none", size="toy", image_size=64, batch=8, epochs=1, queries=20, workers=0, seed=3)
+    was = train(configure(**kw, runs=str(tmp_path / "published"), name="r"))
+    again = reproduce("r", tmp_path / "again", tmp_path / "published")
+    assert again["AP"] == was["AP"] and (tmp_path / "again/r/best.safetensors").exists()
+    kept = tmp_path / "published/r/metrics.json"
+    kept.write_text(json.dumps(was | dict(select_AP=was["select_AP"] + 1e-9)))
+    with pytest.raises(ValueError, match="r came out otherwise: select_AP"): reproduce("r", tmp_path / "again", tmp_path / "published")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_study_comes_out_the_same_to_the_last_digit(tmp_path):
+    from rtdetr_kd.results import reproduce
+    if json.loads((PUBLISHED / "toy-none/metrics.json").read_text())["machine"]["torch"] != __import__("torch").__version__: pytest.skip("another torch than the published run's")
+    reproduce("toy-none", tmp_path)
 
 
 # The paper
