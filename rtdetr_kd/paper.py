@@ -60,7 +60,8 @@ def study_values() -> dict:
     first = c[c.family == "methods"].verdict
     own |= {"methods vs none": len(first), "better vs none": int((first == "better").sum()), "worse vs none": int((first == "worse").sum()), "unrun sentence": unrun([n for n in GRID if n not in n_of(runs)])}
     clock, steps = runs.groupby("variant").train_seconds.mean(), runs.groupby("variant").steps.first()
-    own |= {f"price:{v}": f"{(steps if v.endswith(' longer') else clock)[v] / (steps if v.endswith(' longer') else clock)['none']:.2f}" for v in n}
+    dear = {v: (steps if v.endswith(" longer") else clock) for v in n.index}  # by images, and by the clock
+    own |= {f"price:{v}": f"{x[v] / x['none']:.2f}" for v, x in dear.items()}
     own |= {"shuffled sentence": few_shuffled(runs)}
     nets = {f"{k}:{x}": v for k, d in m["models"].items() for x, v in (("parameters", f"{d['parameters'] / 1e6:.2f}"), ("gflops", f"{d['gflops']:.2f}"), ("ms", f"{d['ms']:.1f}"), ("fps", f"{1e3 / d['ms']:.0f}"))}
     return own | nets
