@@ -3,19 +3,24 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: train test teacher results clean help
+.PHONY: serve train test teacher results docs ablation paper clean help reproduce
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
 	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
+	@echo "make serve    the toy student on http://localhost:8000 (make serve ARGS='--weights model.onnx --port 80')"
+	@echo "make docs     every notebook with its outputs, the API and the guides as a site, offline: _site/index.html"
+	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
+	@echo "make paper    the manuscript from the committed result files: paper/paper.pdf (needs LaTeX)"
+	@echo "make reproduce RUN=toy-none   train a published run again: its metrics must come out the same to the last digit (minutes)"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
 	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'
 	test -x $(BIN)/python || $(PY) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(BIN)/python -m pip install -q -e '.[dev,docs]'
 	@touch $@
 
 train: $(VENV)/.ready
@@ -42,7 +47,30 @@ results: $(VENV)/.ready
 	s=0; for m in cwd feature logit query query+feature; do train -p method $$m -p rho 0.2; done; \
 	for a in index hungarian; do train -p method query -p alignment $$a -p rho 0.2; done
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
+	$(BIN)/python -c 'from rtdetr_kd.export import write_onnx; from rtdetr_kd.weights import load_model; write_onnx(load_model("weights/toy_student.safetensors"), "weights/toy_student.onnx")'
 	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
 
+$(VENV)/.serve: pyproject.toml
+	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'
+	test -x $(BIN)/python || $(PY) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[serve]'
+	@touch $@
+
+serve: $(VENV)/.serve
+	@$(BIN)/python -m rtdetr_kd.serve $(ARGS)
+
+docs: $(VENV)/.ready
+	MPLBACKEND=agg $(BIN)/python -W ignore docs/build.py
+
+ablation: $(VENV)/.ready
+	$(BIN)/papermill nbs/ablation.ipynb -p preset toy
+
+RUN ?= toy-none
+reproduce: $(VENV)/.ready
+	$(BIN)/python -m rtdetr_kd.results --reproduce $(RUN)
+
+paper: $(VENV)/.ready
+	$(BIN)/python -m rtdetr_kd.paper
+
 clean:
-	rm -rf $(VENV) build *.egg-info _proc _site
+	rm -rf $(VENV) build *.egg-info _proc _site _site_src

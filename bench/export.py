@@ -3,7 +3,7 @@
     python bench/export.py r18 [--threads 2]          # our R18 at 640 px against transformers' export of the same weights
     ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python bench/export.py r18   # as on a CPU without AMX, whose bf16 units make INT8's lead small
     python bench/export.py table NAME WEIGHTS DATA    # every backend that is here, on the val split of DATA
-    python bench/export.py figures                    # figures/latency.png and .pdf, from the committed results
+    python bench/export.py figures                    # figures/deployment.png and .pdf, from the committed results
 """
 import argparse, json, os, tempfile
 from pathlib import Path
@@ -117,7 +117,7 @@ def table(name, weights, data, threads, rounds, keep, again):
     else: passed, parts = export_all(model, folder, stem, splits)
     rows, absent = rows_of(weights, folder, threads)
     t = measure(rows, splits["val"], rounds=rounds)
-    about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent))
+    about = dict(data=name, split="val", images=len(splits["val"]), weights=Path(weights).name, gate=passed, sensitivity=parts, absent=sorted(absent), machine=machine(threads))
     write_table(t, PUBLISHED / name, about)
     print(markdown_table(t)); print("absent:", ", ".join(sorted(absent)))
     for r in parts: print(f"{r['part']:18} AP {r['AP']:.3f}  costs {100 * r['loss']:5.2f} points")
@@ -130,7 +130,7 @@ if __name__ == "__main__":
     a.add_argument("--keep", help="folder for the exported files"); a.add_argument("--publish", action="store_true")
     a.add_argument("--again", action="store_true", help="time the files in --keep again; gate and sensitivity from the published table")
     a = a.parse_args()
-    if a.what == "figures": draw_published(root() / "figures" / "latency")
+    if a.what == "figures": draw_published(root() / "figures" / "deployment")
     elif a.what == "table": table(a.name, a.weights, a.data, a.threads, a.rounds, a.keep, a.again)
     else:
         result = r18(a.threads, a.rounds, a.side, a.keep)

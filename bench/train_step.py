@@ -7,7 +7,7 @@ Ratios are of processor time, which other programs on the machine disturb little
 canonical: R18 ← R50, 640 px, batch 2, float32, 300 queries, 80 classes, 7 boxes an image
 toy: the toy student, 128 px, batch 16, float32, 5 classes; its fusion blocks as long as transformers' (which are fixed)
 Each step: teacher, student with denoising, losses of all layers, backward, clipped gradients, AdamW, average of the
-weights. Ours is the learner's own step; theirs takes the teacher's surest 100 queries, pairs them with the student's by
+weights. Every student is float32; live_bf16 has its teacher in bfloat16 (teacher_precision). Ours is the learner's own step; theirs takes the teacher's surest 100 queries, pairs them with the student's by
 the Hungarian algorithm once a step, and compares scores, boxes and embeddings. Loading images is in neither."""
 import copy, json, statistics, sys, tempfile, time
 from pathlib import Path
@@ -116,7 +116,7 @@ def contest(case: dict, rounds: int) -> tuple:  # name: seconds of each round, o
         folder_of_noise(Path(d) / "noise", case["side"], case["classes"], case["boxes"], case["images"])
         make = lambda **more: learner(case, Path(d) / "noise", d, **more)
         all = dict(theirs_plain=Theirs(case, False), theirs=Theirs(case, True), plain=make(method="none"),
-                   live=make(method="query", cache="none"), cached=make(method="query", cache="disk"))
+                   live=make(method="query", cache="none"), live_bf16=make(method="query", cache="none", teacher_precision="bfloat16"), cached=make(method="query", cache="disk"))
         sizes = {k: sum(p.numel() for p in (v.model if isinstance(v, Learner) else v.student).parameters()) for k, v in all.items()}
         print(f"parameters of the student: ours {sizes['plain']:,}, theirs {sizes['theirs']:,}", flush=True)
         ours = all["plain"]
@@ -132,8 +132,8 @@ def contest(case: dict, rounds: int) -> tuple:  # name: seconds of each round, o
 def ratios(took: dict) -> dict:
     "Medians over the rounds of one time by another"
     of = lambda a, b: round(statistics.median(x / y for x, y in zip(took[a], took[b])), 3)
-    return dict(live_is_faster_by=of("theirs", "live"), cached_is_faster_by=of("theirs", "cached"), plain_is_faster_by=of("theirs_plain", "plain"),
-                cached_costs_of_plain=of("cached", "plain"), live_costs_of_plain=of("live", "plain"))
+    return dict(live_is_faster_by=of("theirs", "live"), live_bf16_is_faster_by=of("theirs", "live_bf16"), cached_is_faster_by=of("theirs", "cached"), plain_is_faster_by=of("theirs_plain", "plain"),
+                cached_costs_of_plain=of("cached", "plain"), live_costs_of_plain=of("live", "plain"), live_bf16_costs_of_plain=of("live_bf16", "plain"))
 
 
 if __name__ == "__main__":

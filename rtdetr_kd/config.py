@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'PRESETS', 'OWN_RECIPE', 'FINE_TUNING', 'RANGES', 'Config', 'coerce', 'one_of', 'check_weights',
-           'check_distillation', 'check', 'configure', 'Stop', 'plainly', 'chosen', 'root', 'run_folder', 'write_json']
+           'check_distillation', 'check', 'configure', 'Stop', 'plainly', 'chosen', 'parameters', 'root', 'run_folder',
+           'write_json']
 
 # %% ../nbs/17_config.ipynb #b414b947
 import difflib, importlib.util, json, math, os, re
@@ -56,6 +57,7 @@ class Config:
     alignment: str = "shared"  # of query distillation: shared, hungarian or index
     query_points: str = "teacher"  # whose questions: teacher, random or both
     kd_points: int = 100  # the teacher's surest queries that are used, and questions drawn by lot
+    shuffle_teacher: bool = False  # the control: each image gets the teacher's answer to another image of the batch
     kd_layers: str = "spaced"  # teacher layers that student layers imitate; last: all the last one
     attention_loss: str = "moments"  # of query distillation: moments, cosine or kl
     stage_shape: str = "cosine"  # of method stage: cosine, linear, step, sigmoid, or one of them with _inverse
@@ -105,7 +107,8 @@ def coerce(name: str, value, kind: type):
         if isinstance(value, bool) or (kind is int and float(value) != int(float(value))) or not math.isfinite(float(value)): raise ValueError
         return kind(float(value))
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise ValueError(f"{name}={value!r}: must be {words[kind]}, as in {name}={getattr(Config, name)!r}") from None
+        usual = f", as in {name}={getattr(Config, name)!r}" if hasattr(Config, name) else ""
+        raise ValueError(f"{name}={value!r}: must be {words[kind]}{usual}") from None
 
 # %% ../nbs/17_config.ipynb #4f8c3a29
 def one_of(name: str, value: str, choices):
@@ -136,6 +139,7 @@ def check_distillation(c: Config):
         raise ValueError(f"lam={c.lam!r}: must be auto, adaptive, or a number between 0 and 1000000")
     if c.query_points != "teacher" and c.alignment != "shared":
         raise ValueError(f"query_points={c.query_points!r} with alignment={c.alignment!r}: only shared queries can be asked other questions; give alignment='shared'")
+    if c.shuffle_teacher and c.batch < 2: raise ValueError("shuffle_teacher=True with batch=1: there is no other image in the batch; give batch=2 or more")
     if c.query_points != "teacher" and c.cache == "disk":
         raise ValueError(f"query_points={c.query_points!r} with cache='disk': questions drawn by lot need a live teacher; give cache='none'")
 
@@ -200,6 +204,21 @@ def plainly(kinds: tuple = (ValueError, TypeError, FileNotFoundError)):
 def chosen(names: dict, before) -> dict:
     "The parameters among a notebook's global names: those that were not there before"
     return {k: v for k, v in names.items() if k not in before and not k.startswith("_") and k != "before"}
+
+# %% ../nbs/17_config.ipynb #1fe7321a
+def parameters(
+    names: dict,  # the notebook's `globals()`
+    before,  # the names that were there before the parameters cell
+) -> dict:  # raises ValueError
+    "A notebook's parameters, of the types that its parameters cell says, and none that it does not know"
+    kinds = names.get("__annotations__") or names["__annotate__"](1)  # the second since Python 3.14
+    out = {}
+    for k, v in chosen(names, before).items():
+        if k not in kinds:
+            near = difflib.get_close_matches(k, kinds, 1)
+            raise ValueError(f"there is no setting '{k}'" + (f"; did you mean '{near[0]}'?" if near else "") + f" (settings: {', '.join(kinds)})")
+        out[k] = coerce(k, v, kinds[k])
+    return out
 
 # %% ../nbs/17_config.ipynb #0ae212f7
 def root() -> Path:

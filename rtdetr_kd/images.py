@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'opening', 'TURNS', 'from_grey', 'as_rgb', 'open_header', 'orientation', 'turn', 'decode_fast',
-           'read_pixels', 'open_image', 'kind_of', 'look', 'as_tensor', 'to_square']
+           'pixels_of', 'read_pixels', 'open_image', 'kind_of', 'look', 'as_tensor', 'to_square']
 
 # %% ../nbs/01_images.ipynb #ff1faca9
 import hashlib, io, threading
@@ -41,12 +41,13 @@ opening = threading.Lock()
 
 def open_header(
     path,  # file, or a file object
-    limit: int = MAX_PIXELS,  # pixels
+    limit: float = MAX_PIXELS,  # pixels
+    formats: tuple | None = None,  # Pillow's names of those that may be tried; None: all it knows
 ) -> Image.Image:
     "A file, opened but not decoded; a `ValueError` if it holds more than `limit` pixels"
     with opening:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try: im = Image.open(path)
+        try: im = Image.open(path, formats=formats)
         except UnidentifiedImageError: raise ValueError("this is no image, or of a format that Pillow does not know") from None
         finally: Image.MAX_IMAGE_PIXELS = usual
     if im.width * im.height > limit:
@@ -76,15 +77,18 @@ def decode_fast(data: bytes) -> np.ndarray | None:  # (h,w,3) uint8
     try: return simplejpeg.decode_jpeg(data) if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray") else None
     except ValueError: return None
 
+def pixels_of(im: Image.Image, data: bytes, upright: bool = True) -> np.ndarray:  # (h,w,3) uint8
+    "The pixels of a file whose header was read; it raises whatever the decoder does"
+    pixels = decode_fast(data) if im.format == "JPEG" else None
+    if pixels is None: pixels = np.asarray(as_rgb(im))
+    return turn(pixels, orientation(im)) if upright else pixels
+
 def read_pixels(path, upright: bool, limit: int) -> np.ndarray:  # (h,w,3) uint8
     "The pixels of a file or a PIL image"
     if isinstance(path, Image.Image): return np.asarray(as_rgb(ImageOps.exif_transpose(path) if upright else path))
     data = Path(path).read_bytes()
     if not data: raise ValueError("the file is empty")
-    im = open_header(io.BytesIO(data), limit)
-    pixels = decode_fast(data) if im.format == "JPEG" else None
-    if pixels is None: pixels = np.asarray(as_rgb(im))
-    return turn(pixels, orientation(im)) if upright else pixels
+    return pixels_of(open_header(io.BytesIO(data), limit), data, upright)
 
 # %% ../nbs/01_images.ipynb #3640a6d4
 def open_image(

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .config import root, write_json
 from .annotations import Split
@@ -150,12 +151,13 @@ def picture(t: pd.DataFrame, ax=None, title: str = "AP against latency"):
     "Latency against accuracy: up and to the left is better"
     ax = ax or plt.subplots(figsize=(5, 3.2))[1]
     marks = dict(torch="o", onnxruntime="s", openvino="^", tensorrt="D")
-    for r in t.itertuples():
+    for k, r in enumerate(t.itertuples(), 1):
         mark = next((m for b, m in marks.items() if r.backend.startswith(b)), "x")
-        ax.plot(r.ms, r.AP, mark, color="k", mfc="k" if "int8" in r.precision else "w", ms=7)
-        ax.annotate(f"{r.model}", (r.ms, r.AP), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        ax.plot(r.ms, r.AP, mark, color="k", mfc="k" if "int8" in r.precision else "w", ms=7, label=f"{k} {r.model}")
+        ax.annotate(k, (r.ms, r.AP), xytext=(0, 6 if k % 2 else -13), textcoords="offset points", fontsize=7, ha="center")
     ax.set(xlabel="ms an image (median, batch 1)", ylabel="AP", title=title); ax.set_xscale("log")
-    ax.margins(.25, .3)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5))); ax.xaxis.set_major_formatter("{x:g}"); ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.margins(.15, .25); ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5), frameon=False)
     return ax
 
 def write_table(
@@ -167,7 +169,7 @@ def write_table(
     "The same figures in every form, with the machine they were measured on"
     to = Path(to); to.parent.mkdir(parents=True, exist_ok=True)
     t.to_csv(f"{to}.csv", index=False)
-    write_json(Path(f"{to}.json"), dict(about=about | dict(machine=machine()), rows=json.loads(t.to_json(orient="records"))))
+    write_json(Path(f"{to}.json"), dict(about=dict(machine=machine()) | about, rows=json.loads(t.to_json(orient="records"))))
     Path(f"{to}.md").write_text(markdown_table(t) + "\n"); Path(f"{to}.tex").write_text(latex_table(t) + "\n")
     if figure:
         picture(t, title=f"{about.get('data', '')}: AP against latency").figure.savefig(figure, dpi=150, bbox_inches="tight"); plt.close()
@@ -205,7 +207,7 @@ def draw_published(
 ):
     "Latency against accuracy, a panel for each data set"
     results = published(folder)
-    fig, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 3.4), squeeze=False)
+    fig, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 3.2), squeeze=False)
     for ax, (name, r) in zip(axes[0], results.items()): picture(pd.DataFrame(r["rows"]), ax, f"{name}, {r['about']['split']}, {r['about']['images']} images")
     fig.tight_layout()
     for end in ("png", "pdf"): fig.savefig(f"{to}.{end}", dpi=150, metadata={"CreationDate": None} if end == "pdf" else None)

@@ -209,7 +209,8 @@ def live(self: Learner, images: Tensor) -> Output:
 @patch
 def hear(self: Learner, images: Tensor, targets: list) -> tuple:  # the teacher's Output, points for the student
     "The teacher's answer, live or from the cache, and the questions that follow from it"
-    t = self.answers([k["row"] for k in targets], self.epoch) if self.answers else self.live(images)
+    by = int(self.c.shuffle_teacher)  # the control: the answer to the image before
+    t = self.answers([k["row"] for k in targets[-by:] + targets[:-by]], self.epoch) if self.answers else self.live(images.roll(by, 0))
     if self.answers: move_to(t, self.device)
     if not self.method.asks: return t, None
     own = (t.signals.index, t.signals.reference[0].float()) if self.method.own else None

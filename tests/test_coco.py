@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from rtdetr_kd.data import load_data
-from rtdetr_kd.download import coco
+from rtdetr_kd.download import coco, coco_part
 
 
 def archive(files: dict) -> bytes:
@@ -30,6 +30,7 @@ def server():
     files = {"/zips/train2017.zip": archive({f"train2017/{k:012}.jpg": jpeg() for k in range(60)}),
              "/zips/val2017.zip": archive({f"val2017/{k:012}.jpg": jpeg() for k in range(6)}),
              "/annotations/annotations_trainval2017.zip": archive({f"annotations/instances_{s}2017.json": annotations(s, n) for s, n in (("train", 60), ("val", 6))})}
+    files |= {f"/{s}2017/{k:012}.jpg": jpeg() for s, n in (("train", 60), ("val", 6)) for k in range(n)}
     seen = [0]
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -65,6 +66,20 @@ def test_coco_comes_whole_over_a_bad_network(server, tmp_path, monkeypatch):
     assert whole["select"].files == some["select"].files == fewer["select"].files  # a subset leaves the select split alone
     assert set(fewer["train"].files) < set(some["train"].files) < set(whole["train"].files)
     assert not set(whole["train"].files) & set(whole["select"].files)
+
+
+def test_a_part_of_coco_is_what_a_subset_of_all_is(server, tmp_path, monkeypatch):
+    import rtdetr_kd.download as d
+    base, seen = server
+    monkeypatch.setattr(d.time, "sleep", lambda s: None)
+    ids = {}
+    for name, folder in dict(whole=coco(tmp_path / "coco", base), part=coco_part(20, tmp_path / "some", base, threads=4)).items():
+        monkeypatch.setenv("RTDETR_KD_COCO", str(folder))
+        ids[name] = {k: (s.ids.tolist(), s.boxes.tolist(), s.category_ids) for k, s in load_data("coco", 20).items()}
+    assert ids["whole"] == ids["part"] and len(ids["part"]["train"][0]) == 20
+    assert len(list((tmp_path / "some").rglob("*.jpg"))) == 20 + 20 + 6  # train, select, val, and nothing else
+    n = seen[0]
+    assert coco_part(20, tmp_path / "some", base) == tmp_path / "some/part" and seen[0] == n  # nothing is asked for again
 
 
 def test_no_coco_says_how_to_get_it(tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
 "The notebooks as files: parameters, order of imports, outputs"
-import ast, json, re
+import ast, json, os, re, subprocess, sys, time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUNNABLE = ["train.ipynb", "export_model.ipynb"]
+RUNNABLE = [p.name for p in NBS if '"parameters"' in p.read_text() and not p.name[0].isdigit()]
 
 
 def cells(path): return json.loads(path.read_text())["cells"]
@@ -26,6 +26,56 @@ def check_parameters(path):
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_parameters(name): check_parameters(ROOT / "nbs" / name)
+
+
+def test_the_runnable_notebooks_are_found(): assert {"train.ipynb", "attention.ipynb", "colab.ipynb"} <= set(RUNNABLE)
+
+
+@pytest.mark.parametrize("name", ["attention.ipynb"])
+def test_an_unknown_parameter_stops_the_notebook(name, tmp_path):
+    "G01; for train.ipynb it is in test_commands"
+    r = papermill(f"nbs/{name}", tmp_path / "o.ipynb", "-p", "tpyo", "1")
+    assert r.returncode != 0 and "there is no setting 'tpyo'" in r.stderr
+
+
+def papermill(*words):
+    return subprocess.run([Path(sys.executable).with_name("papermill"), *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_a_killed_kernel_ends_papermill_and_leaves_a_notebook(tmp_path):
+    "G02"
+    cell = lambda i, s: dict(cell_type="code", id=i, metadata={}, source=s, outputs=[], execution_count=None)
+    nb = dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name="python3", display_name="p", language="python")),
+              cells=[cell("a", "print('before')"), cell("b", "import os; os.kill(os.getpid(), 9)")])
+    (tmp_path / "k.ipynb").write_text(json.dumps(nb))
+    start = time.time()
+    r = papermill(tmp_path / "k.ipynb", tmp_path / "o.ipynb")
+    assert r.returncode != 0 and time.time() - start < 200 and "before" in (tmp_path / "o.ipynb").read_text()
+
+
+def test_imports_of_exported_cells_are_absolute():
+    "G08"
+    for path in NBS:
+        for c in code(path):
+            src = "".join(c["source"])
+            if re.match(r"#\| exports?\b", src): assert not re.search(r"^\s*from \.", src, re.M), path.name
+
+
+def test_every_public_name_is_there():
+    "G09: `from rtdetr_kd.x import *` works for every module whose dependencies are here"
+    import importlib
+    for f in sorted((ROOT / "rtdetr_kd").glob("[a-z]*.py")):
+        try: m = importlib.import_module(f"rtdetr_kd.{f.stem}")
+        except ImportError as e:
+            assert "rtdetr_kd" not in str(e), f"{f.stem}: {e}"
+            continue
+        assert not [n for n in getattr(m, "__all__", []) if not hasattr(m, n)], f.stem
+
+
+def test_nothing_of_a_merge_is_left():
+    "G10; that the package equals the notebooks is tests/all.sh's first check"
+    for f in [*NBS, *(ROOT / "rtdetr_kd").glob("*.py")]: assert not re.search(r"^(<{7}|>{7}) ", f.read_text(), re.M), f.name
 
 
 def test_every_setting_is_a_parameter():

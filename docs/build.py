@@ -1,0 +1,169 @@
+"Build the site, offline: notebooks with their committed outputs, API pages, guides -> `_site`. Nothing is executed but docs/facts.py"
+import ast, configparser, json, os, re, shutil, sys
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+root = here.parent
+site = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 and __name__ == "__main__" else root / "_site"
+src = site.with_name(site.name + "_src")
+sys.path[:0] = [str(here), str(root)]
+
+import nbformat
+from nbformat.v4 import new_markdown_cell
+from sphinx.cmd.build import main as sphinx
+
+import api, facts
+
+CHAPTERS = {  # caption: the notebooks whose number is at least this
+    "The data": "00", "The detector": "03", "Training and judging": "09", "Distillation": "12",
+    "The run and its results": "17_config", "After training": "21"}
+GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
+MATHJAX = "tex-chtml.js"
+
+
+def settings() -> dict:
+    ini = configparser.ConfigParser(interpolation=None); ini.read(root / "settings.ini")
+    return ini["DEFAULT"]
+
+source_url = f"{settings()['git_url']}/blob/{settings()['branch']}"
+
+
+def directives(cell) -> str: return " ".join(re.findall(r"^#\|\s*(.+)$", cell.source, re.M))
+
+
+def outside(link: str) -> str:
+    "A link out of nbs/ leads to the file on GitHub"
+    return f"{source_url.replace('/blob/', '/tree/') if '.' not in Path(link).name else source_url}/{link.removeprefix('../')}"
+
+
+def linked(prose: str, find) -> str:
+    "`name` in prose leads to its API entry; code blocks, headings and existing links stay as they are"
+    def words(part): return re.sub(r"(?<![\[`\w])`(\w+(?:\.\w+)?)(?:\(\))?`(?![\]`])", lambda m: f"[{m[0]}](#{e.label})" if (e := find(m[1])) else m[0], part)
+    lines, fenced = [], False
+    for line in prose.split("\n"):
+        if line.lstrip().startswith("```"): fenced = not fenced
+        lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
+    text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", "\n".join(lines))  # a badge from elsewhere: its words
+    return re.sub(r"\]\((\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
+
+
+def imported(nb) -> dict:
+    "name -> module, as the notebook's own cells import it"
+    out = {}
+    for c in nb.cells:
+        if c.cell_type != "code" or "import" not in c.source: continue
+        try: tree = ast.parse(re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M))
+        except SyntaxError: continue
+        for n in ast.walk(tree):
+            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rtdetr_kd."): out |= {a.asname or a.name: n.module.split(".")[1] for a in n.names}
+    return out
+
+
+def finder(own: str | None, names: dict, entries: dict):
+    "Which API entry a word in a notebook means: its own module's, an imported one, or the only one there is"
+    def find(word):
+        if (own, word) in entries: return entries[own, word]
+        if word in names: return entries.get((names[word], word))
+        all_ = [e for (m, n), e in entries.items() if n == word]
+        return all_[0] if len(all_) == 1 and ("_" in word or not word.islower()) else None  # a plain word may mean anything
+    return find
+
+
+def staged(cell, own: str | None, find, symbols: set) -> list:
+    "The cells that take the place of one"
+    if cell.cell_type == "raw": return []
+    if cell.cell_type == "markdown": return [new_markdown_cell(linked(cell.source, find))] if not cell.source.startswith("#| hide") else []
+    said = directives(cell)
+    if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip(): return []
+    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+    cell.metadata = dict(tags=["exported"] if re.search(r"\bexports?\b", said) else [])
+    anchor = [new_markdown_cell(f"(sym-{own}.{cell['id']})=")] if cell.get("id") in symbols else []
+    return [*anchor, cell]
+
+
+def chapter(path: Path, modules: dict, entries: dict):
+    "A notebook as a page; its title as a lead"
+    nb = nbformat.read(path, 4)
+    own = next((m for m, (notebook, _, _) in modules.items() if notebook == path.stem), None)
+    find = finder(own, imported(nb), entries)
+    symbols = {e.cell for e in modules[own][2]} if own else set()
+    nb.cells = [o for c in nb.cells for o in staged(c, own, find, symbols)]
+    first = nb.cells[0]
+    first.source = re.sub(r"^> (.+)$", r"{.lead}\n\1", first.source, count=1, flags=re.M)
+    more = [f"[API of `{own}`](api/{own}.md)"] if own else []
+    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{path.name})"])
+    return nb
+
+
+def toctree(caption: str, names: list) -> str:
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
+
+
+def contents(names: list) -> list:
+    "Table of contents: numbered notebooks by chapter, then the runnable ones, the guides and the API"
+    numbered, out = [n for n in names if n[0].isdigit()], []
+    starts = list(CHAPTERS.values())
+    for (caption, a), z in zip(CHAPTERS.items(), [*starts[1:], "99"]): out.append(toctree(caption, [n for n in numbered if a <= n < z]))
+    run = [n for n in names if not n[0].isdigit() and n != "index"]
+    return [toctree("Guides", [f"guides/{g}" for g in GUIDES]), *out, toctree("To run", run), toctree("API", ["api/index"])]
+
+
+def stage_api(modules: dict):
+    (src / "api").mkdir()
+    for m, (notebook, about, found) in modules.items(): (src / f"api/{m}.md").write_text(api.page(m, notebook, about, found, source_url))
+    rows = "\n".join(f"| [{m}]({m}.md) | [{nb}](../{nb}.ipynb) | {about} | {len(found)} |" for m, (nb, about, found) in modules.items())
+    head = "# API\n\n{.lead}\nEvery public function and class: signature, types, shapes, units\n\n"
+    (src / "api/index.md").write_text(head + "| module | explained in | about | entries |\n|---|---|---|---|\n" + rows + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(modules) + "\n```\n")
+
+
+def stage(): # everything Sphinx reads
+    shutil.rmtree(src, ignore_errors=True)
+    shutil.copytree(here / "_static", src / "_static")
+    shutil.copytree(root / "figures", src / "figures", ignore=shutil.ignore_patterns("*.md", "*.pdf"))
+    paths = sorted((root / "nbs").glob("*.ipynb"))
+    files = [p for p in (root / "rtdetr_kd").glob("*.py") if not p.name.startswith("_")]
+    modules = {p.stem: r for p, r in sorted(((p, api.read_module(p)) for p in files), key=lambda x: x[1][0])}
+    entries = {(e.module, e.name): e for _, _, found in modules.values() for e in found}
+    stage_api(modules)
+    (src / "guides").mkdir()
+    for g in GUIDES:
+        page = facts.fill((here / "guides" / f"{g}.md").read_text(encoding="utf-8"), g)
+        (src / f"guides/{g}.md").write_text(linked(page, finder(None, {}, entries)), encoding="utf-8")
+    for p in paths:
+        nb = chapter(p, modules, entries)
+        if p.stem == "index": nb.cells.append(new_markdown_cell("\n".join(contents([p.stem for p in paths]))))
+        nbformat.write(nb, src / p.name)
+
+
+def prune():
+    "Keep of MathJax only what a page loads"
+    mj = site / "_static/mathjax"
+    keep = {mj / MATHJAX, *(mj / "output/chtml/fonts").rglob("*")}
+    for p in mj.rglob("*"):
+        if p.is_file() and p not in keep: p.unlink()
+    for p in sorted(mj.rglob("*"), reverse=True):
+        if p.is_dir() and not any(p.iterdir()): p.rmdir()
+
+
+def from_elsewhere() -> list:
+    "Pages that load something from the network to be displayed"
+    load = re.compile(r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//[^"]+"|<link[^>]+rel="(?:stylesheet|preload|icon)"[^>]+href="(?:https?:)?//[^"]+"|@import|url\(\s*["\']?https?:')
+    return sorted(f"{p.relative_to(site)}: {m[0][:100]}" for p in [*site.rglob("*.html"), *site.rglob("*.css")] if (m := load.search(p.read_text(errors="replace"))))
+
+
+def main() -> int | str: # for sys.exit
+    if site.exists() and any(site.iterdir()) and not (site / ".buildinfo").exists(): return f"{site.name} is not empty and no site that this script made: give another folder, nothing is overwritten"
+    shutil.rmtree(site, ignore_errors=True)
+    stage()
+    rc = sphinx(["-q", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(src / ".doctrees"), str(src), str(site)])
+    if rc: return rc
+    shutil.rmtree(src)
+    prune()
+    (site / ".nojekyll").touch()
+    for line in from_elsewhere(): print("loads from the network:", line, file=sys.stderr); rc = 1
+    size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) / 2**20
+    print(f"{len(list(site.rglob('*.html')))} pages, {size:.0f} MB: {site.name}/index.html")
+    return rc
+
+
+if __name__ == "__main__": sys.exit(main())

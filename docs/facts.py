@@ -1,0 +1,143 @@
+"""The figures in the guides: each {{name argument…}} is filled from committed result files.
+
+`python docs/facts.py memory` predicts which batches fit which cards and writes runs/published/memory.json."""
+import json, re, sys
+from functools import cache
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+CARDS = [4, 6, 8, 12, 16, 24, 40, 80]  # GB, as they are sold
+PAIRS = {  # what people train: the settings, and how the guides call them
+    "r18 from r50, 640 px": dict(data="coco", size="r18", method="query", teacher="random:r50", precision="float16", image_size=640),
+    "r18 from r50, 640 px, teacher cached": dict(data="coco", size="r18", method="query", teacher="random:r50", precision="float16", image_size=640, cache="disk"),
+    "r18 alone, 640 px": dict(data="coco", size="r18", method="none", precision="float16", image_size=640),
+    "small from r18, 256 px": dict(data="coco", size="small", method="query", teacher="random:r18", precision="float16", image_size=256),
+}
+CHECKPOINTS = {"": "nothing", "backbone": "backbone", "all": "all"}
+
+
+@cache
+def study():
+    from rtdetr_kd.results import published, toy_study
+    return published(), toy_study()
+
+
+@cache
+def gains():
+    from rtdetr_kd.results import paired
+    return {p.variant: p for p in paired(study()[1]).itertuples()}
+
+
+def row(variant):
+    if variant not in gains(): raise KeyError(f"the toy study has no variant '{variant}' (there are: {', '.join(gains())})")
+    return gains()[variant]
+
+
+def gain(*v):
+    from rtdetr_kd.results import interval
+    r = row(" ".join(v))
+    return interval(r.gain, r.low, r.high)
+
+
+def ap(*v): r = row(" ".join(v)); return f"{r.mean:.3f} ± {r.sd:.3f}"
+def seeds(*v): return str(row(" ".join(v)).n)
+def of_run(name, figure, digits="3"): return f"{study()[0].set_index('run').loc[name, figure]:.{digits}f}"
+def minutes(name): return f"{study()[0].set_index('run').train_seconds[name] / 60:.0f}"
+def hours_of_study(): return f"{study()[1].train_seconds.sum() / 3600:.1f}"
+def runs_of_study(): return str(len(study()[1]))
+
+
+def toy_table():
+    from rtdetr_kd.results import markdown, method_table
+    return markdown(method_table(study()[1]))
+
+
+def strength_table():
+    from rtdetr_kd.results import markdown, strengths
+    return markdown(strengths(study()[0]).round(3).reset_index())
+
+
+def bccd():
+    from rtdetr_kd.results import bccd_block
+    return bccd_block(study()[0])
+
+
+def attention_table():
+    from rtdetr_kd.attention_study import agreement_table
+    from rtdetr_kd.results import markdown
+    return markdown(agreement_table(["cosine_asked"]))
+
+
+@cache
+def parameters(size):
+    import torch
+    from rtdetr_kd.model import RTDETR, SIZES, Spec
+    with torch.device("meta"): return f"{sum(p.numel() for p in RTDETR(Spec(['a'] * 80, **SIZES[size])).parameters()) / 1e6:.1f}"
+
+
+def sizes_table():
+    from rtdetr_kd.model import SIZES
+    lines = ["| size | parameters, million | pixels | queries |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{k}` | {parameters(k)} | {v.get('image_size', 640)} | {v.get('queries', 300)} |" for k, v in SIZES.items()])
+
+
+def memory_table():
+    "Largest batch by card, from the committed predictions"
+    found = json.loads((root / "runs/published/memory.json").read_text())
+    lines = ["| training | computed again | " + " | ".join(f"{c} GB" for c in CARDS) + " |", "|" + "---|" * (len(CARDS) + 2)]
+    return "\n".join(lines + [f"| {r['pair']} | {r['checkpoint']} | " + " | ".join(str(b) if b < found["most"] else f"{found['most']}+" for b in r["batch"]) + " |" for r in found["rows"]])
+
+
+def memory_of(pair, card, checkpoint="nothing"):
+    found = json.loads((root / "runs/published/memory.json").read_text())
+    r = next(r for r in found["rows"] if r["pair"] == pair.replace("_", " ") and r["checkpoint"] == checkpoint)
+    return str(r["batch"][CARDS.index(int(card))])
+
+
+def nb(stem):
+    "A link to a notebook, or its name where this checkout lacks it"
+    return f"[{stem}](../{stem}.ipynb)" if (root / f"nbs/{stem}.ipynb").exists() else f"`nbs/{stem}.ipynb`"
+
+
+FACTS = {f.__name__: f for f in (gain, ap, seeds, of_run, minutes, hours_of_study, runs_of_study, toy_table, strength_table, bccd,
+                                 attention_table, parameters, sizes_table, memory_table, memory_of, nb)}
+
+
+def fill(text: str, where: str) -> str:
+    "Replace every {{…}}; an unknown one is an error that says where"
+    def of(m):
+        name, *args = m[1].split()
+        if name not in FACTS: raise KeyError(f"docs/guides/{where}.md asks for {{{{{m[1]}}}}}: there is no such fact (there are: {', '.join(FACTS)})")
+        return FACTS[name](*args)
+    return re.sub(r"\{\{(.+?)\}\}", lambda m: unbroken(of(m)), text)
+
+
+def unbroken(text: str) -> str: # a number and its interval stay on one line
+    return re.sub(r"(\[[-+][\d.]+,) ", "\\1\u00a0", text).replace(" ± ", "\u00a0±\u00a0").replace("AP - none", "AP\u00a0-\u00a0none")
+
+
+def memory(most=128):
+    "Predict the largest batches and write them down"
+    from dataclasses import replace
+    from rtdetr_kd.config import configure, write_json
+    from rtdetr_kd.memory import itemised, rehearsal
+    rows = []
+    for name, given in PAIRS.items():
+        for stages, word in CHECKPOINTS.items():
+            with rehearsal(replace(configure(**given), checkpoint=stages)) as peak:
+                need = {b: itemised(peak(b))["total"] for b in (1, 2, 4, 8, 16, 32, 64, 128)}  # it grows in proportion: between two, interpolate
+                fits = [largest(need, .97 * 1024 * c, most) for c in CARDS]
+            rows.append(dict(pair=name, checkpoint=word, batch=fits, need={k: round(v) for k, v in need.items()}))
+            print(rows[-1], flush=True)
+    write_json(root / "runs/published/memory.json", dict(most=most, rows=rows))
+
+
+def largest(need: dict, room: float, most: int) -> int:
+    "The largest batch that fits, between known ones by straight lines, rounded down"
+    fits = [b for b, v in need.items() if v <= room]
+    if not fits or max(fits) >= most: return max(fits, default=0)
+    a = max(fits); z = min(b for b in need if b > a)
+    return a + int((room - need[a]) / (need[z] - need[a]) * (z - a))
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["memory"]: sys.path.insert(0, str(root)); memory()
