@@ -194,9 +194,9 @@ def draw_comparison(c: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
             own = runs[runs.variant == r.variant]
             ax.plot(own.AP - base[own.seed].values, [y] * len(own), "o", mfc="none", mec=".6", mew=.6, ms=2.8)
             ax.plot([r.low, r.high], [y, y], "k-", lw=.9)
-            ax.plot(r.gain, y, "D", color="k", mfc="k" if r.verdict != "no difference shown" else "w", ms=3.6)
+            ax.plot(r.gain, y, "D", color="k", mfc="k" if r.verdict in ("better", "worse") else "w", ms=3.6)
         ax.axvline(0, color=".5", lw=.6)
-        ax.set(yticks=range(len(c)), yticklabels=[f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()], xlabel="difference in AP to none, same seed")
+        ax.set(yticks=range(len(c)), yticklabels=[f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()], xlabel="AP − AP of none, same seed")
         fig.tight_layout(pad=.3)
     return fig
 
