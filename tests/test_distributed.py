@@ -3,6 +3,7 @@ import json, os, socket, subprocess, sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from rtdetr_kd.config import Stop, configure
 from rtdetr_kd.data import loader
@@ -62,6 +63,32 @@ def two(data, runs, out):
     said = {k: curve(settings(data, runs, **two)) for k, (_, two) in CASES.items()}
     more = dict(no_box=no_box_here(data, runs), ap=one_ap(data, runs))
     if os.environ["RANK"] == "0": torch.save(dict(curves=said, **more), out)
+    alone(data, runs)
+
+
+def alone(data, runs):
+    "Folders apart are refused; one run is whole; in another the second process dies in the middle of an epoch"
+    Accelerator.end_training = lambda self: None  # it ends the group, and another run follows
+    step = Learner.one_step
+    try: train(settings(data, f"{runs}/{os.environ['RANK']}"))
+    except Stop as e: print(f"apart: {e}", flush=True)
+    train(settings(data, runs, name="whole"))
+    def dying(self, *a):
+        if self.step == 6 and self.rank: os.kill(os.getpid(), 9)
+        return step(self, *a)
+    Learner.one_step = dying
+    try: train(settings(data, runs, name="cut", save_minutes=1e-9))
+    except Stop as e: print(f"stopped: {e}", flush=True)
+
+
+def go_on(data, runs):
+    "The same command again"
+    torch.set_num_threads(1); train(settings(data, runs, name="cut"))
+
+
+def call(f: str, *args) -> list:
+    "The words after `python` that call a function of this file"
+    return ["-c", f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_distributed import {f}; {f}(*{[str(a) for a in args]!r})"]
 
 
 def free_port() -> str:
@@ -82,13 +109,13 @@ def pair(words: list, limit: float = 300, dies: bool = False) -> list:
 def both(tiny_odd, tmp_path_factory):
     quiet()
     d = tmp_path_factory.mktemp("two")
-    pair(["-c", f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_distributed import two; two({str(tiny_odd)!r}, {str(d)!r}, {str(d / 'out.pt')!r})"])
-    return tiny_odd, d, torch.load(d / "out.pt", weights_only=True)
+    said = pair(call("two", tiny_odd, d, d / "out.pt"), dies=True)
+    return tiny_odd, d, torch.load(d / "out.pt", weights_only=True), said
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_loss_curve(both, case):
-    data, d, said = both
+    data, d, said, _ = both
     mine, weights = curve(settings(data, d, **CASES[case][0]))
     theirs, other = said["curves"][case]
     for a, b in zip(mine, theirs, strict=True):
@@ -104,7 +131,7 @@ def test_a_process_without_a_box(both):
 
 
 def test_one_ap_and_no_image_twice(both):
-    data, d, said = both
+    data, d, said, _ = both
     mine = one_ap(data, d)
     assert said["ap"]["images"] == mine["images"]  # in the same order, each as often
     assert said["ap"]["figures"] == pytest.approx(mine["figures"], abs=1e-9)
@@ -129,35 +156,15 @@ def test_half_a_launcher_is_refused(monkeypatch, tiny_odd, tmp_path):
     with pytest.raises(ValueError, match="no launcher says which"): train(settings(tiny_odd, tmp_path))
 
 
-def alone(data, runs):
-    "One process of two: folders apart are refused; the second one dies in the middle of an epoch"
-    torch.set_num_threads(1)
-    rank, step = int(os.environ["RANK"]), Learner.one_step
-    try: train(settings(data, runs / str(rank)))
-    except Stop as e: print(f"apart: {e}", flush=True)
-    def dying(self, *a):
-        if self.step == 6 and self.rank: os.kill(os.getpid(), 9)
-        return step(self, *a)
-    Learner.one_step = dying
-    try: train(settings(data, runs, name="cut", save_minutes=1e-9))
-    except Stop as e: print(f"stopped: {e}", flush=True)
 
-
-def whole(data, runs):
-    "One process of two: the run that was cut goes on, and another is never cut"
-    torch.set_num_threads(1)
-    for name in ("cut", "whole"): train(settings(data, runs, name=name, save_minutes=1e-9))
-
-
-def test_a_process_that_dies(tiny_odd, tmp_path):
+def test_a_process_that_dies(both):
     "The other one says so and stops; the same command goes on, bit for bit as if nothing had happened"
-    call = lambda f: ["-c", f"import sys; from pathlib import Path; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_distributed import {f}; {f}(Path({str(tiny_odd)!r}), Path({str(tmp_path)!r}))"]
-    first, second = pair(call("alone"), dies=True)
+    data, d, _, (first, second) = both
     assert "apart: not every process sees the folder" in first and "stopped: another process of this run has ended" in first
     assert "apart: not every process" in second and "stopped:" not in second
-    read = lambda name: torch.load(tmp_path / name / "last/state.pt", weights_only=True)
+    read = lambda name: torch.load(d / name / "last/state.pt", weights_only=True)
     assert read("cut")["step"] in (5, 6)
-    assert "resumed after epoch 1" in pair(call("whole"))[0]
+    assert "resumed after epoch 1" in pair(call("go_on", data, d))[0]
     a, b = read("cut"), read("whole")
     assert (a["step"], a["ema_n"], a["best"]) == (b["step"], b["ema_n"], b["best"]) == (8, 8, b["best"])
     for part in ("trained", "ema"): assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), part

@@ -7,6 +7,7 @@ import torch
 
 from rtdetr_kd.config import configure
 from rtdetr_kd.learner import Learner, train
+from rtdetr_kd.model import RTDETR, SIZES, Spec, top_detections
 
 
 def config(tiny, tmp_path, **kw):
@@ -80,8 +81,10 @@ def test_images_without_boxes_train(tiny, tmp_path):
     assert terms.keys() == full.keys()
 
 
-def test_every_weight_is_trained(tiny, tmp_path):
-    learner = Learner(config(tiny, tmp_path))
+@pytest.mark.parametrize("size", ["toy", "toy_quiet"])
+def test_every_weight_is_trained(tiny, tmp_path, monkeypatch, size):
+    monkeypatch.setitem(SIZES, "toy_quiet", SIZES["toy"] | dict(denoising=0))  # no noisy queries, no weights for them
+    learner = Learner(config(tiny, tmp_path, size=size))
     images, targets = learner.images[0][0][None], [learner.images[0][1]]
     learner.one_step(images, targets)
     learner.opt.zero_grad(set_to_none=True)
@@ -216,6 +219,8 @@ def test_an_overflowing_update_moves_neither_schedule_nor_average(tiny, tmp_path
         monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: skipped))
         l.one_step(*batch); rates.append(l.opt.param_groups[0]["lr"])
     assert (l.step, l.skipped, l.ema.n) == (5, 3, 2) and len({*rates[:4]}) == 1 and rates[4] > rates[3]
+    l.step, l.skipped = 150, 101
+    with pytest.raises(FloatingPointError, match="101 of 150 updates were left out.*precision='bfloat16'"): l.one_step(*batch)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"), MemoryError()])
@@ -321,3 +326,24 @@ def test_predictions_that_are_not_finite_are_not_matched():
         spoilt[0, 0, 2, 1] = float("nan")  # at the class that is looked for
         with pytest.raises(FloatingPointError, match="predictions are not finite"): match(logits, boxes, target)
         spoilt[0, 0, 2, 1] = .5
+
+
+def test_a_state_of_another_optimiser_variant_goes_on(tiny, tmp_path):
+    "Plain AdamW's state, as an earlier version or another machine may have written it, resumed by the fused one: the same step"
+    a = Learner(config(tiny, tmp_path)); a.folder.mkdir(parents=True)
+    batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [a.images[k][1] for k in range(8)]
+    a.one_step(*batch); a.save()
+    s = weights(tmp_path)
+    for g in s["opt"]["param_groups"]: g["fused"] = False
+    b = Learner(config(tiny, tmp_path)); b.take(s)
+    a.one_step(*batch); b.one_step(*batch)
+    for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_one_model_any_size():
+    "Nothing of an image's size is stored; one class and few cells give fewer detections"
+    m = RTDETR(Spec(["a"], **SIZES["toy"] | dict(queries=100))).eval()
+    with torch.no_grad():
+        for h, w, n in ((32, 32, 21), (64, 64, 84), (96, 160, 100)):
+            out = m(torch.rand(1, 3, h, w))
+            assert [v.shape[1] for v in top_detections(out.logits, out.boxes, 300)] == [n] * 3
