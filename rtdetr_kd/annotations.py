@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DROP', 'Id', 'LISTS', 'Problem', 'note', 'refuse', 'Split', 'Table', 'id_array', 'pack', 'pack_split', 'judge',
-           'doubts', 'clean', 'plain', 'Index', 'index', 'Ann', 'number', 'loosely', 'cut_out', 'read_json', 'size_of',
-           'entries', 'images_of', 'fields', 'own_ids', 'classes_of', 'coco_table', 'read_coco', 'ground_truth', 'part']
+           'doubts', 'repeats', 'clean', 'plain', 'Index', 'index', 'Ann', 'number', 'loosely', 'cut_out', 'read_json',
+           'size_of', 'entries', 'images_of', 'fields', 'own_ids', 'classes_of', 'coco_table', 'read_coco',
+           'ground_truth', 'part']
 
 # %% ../nbs/02_annotations.ipynb #fc43d88d
 import json, math
@@ -36,7 +37,7 @@ def note(problems: list, what: str, done: str, places, n: int | None = None):
     if not n: return
     p = next((p for p in problems if (p.what, p.done) == (what, done)), None)
     if p is None: problems.append(p := Problem(what, done))
-    p.n, p.where = p.n + n, (p.where + [str(x) for x in places[:5]])[:5]
+    p.n, p.where = p.n + n, (p.where + [str(x).encode("utf-8", "backslashreplace").decode() for x in places[:5]])[:5]  # any name can be printed
 
 def refuse(problems: list, strict: bool, where: str):
     "A `ValueError` that names what has to stop the run; with `strict`, anything"
@@ -122,8 +123,19 @@ def doubts(box: np.ndarray, w: np.ndarray, h: np.ndarray, out: np.ndarray) -> st
 # %% ../nbs/02_annotations.ipynb #a86e64d0
 DROP = ("box that is no four numbers", "box without area", "box outside its image")
 
+def repeats(t: Table, problems: list):
+    "Say which files and class names occur more than once, and which names differ in nothing that one sees"
+    often = lambda xs: [x for x, n in Counter(xs).items() if n > 1]
+    names = [n for _, n in t.cats]
+    note(problems, "file listed under several image ids: each knows only its own boxes", "look", often(im["file_name"] for im in t.images))
+    note(problems, "several categories of one name: they stay different classes", "look", often(names))
+    alike = often(" ".join(n.split()).casefold() for n in dict.fromkeys(names))
+    note(problems, "categories whose names differ only in case or blanks: they stay different classes", "look", alike)
+    note(problems, "category without a name", "look", [f"id {i}" for i, n in t.cats if not n.strip()])
+
 def clean(t: Table, name: str, folder, problems: list) -> Split:
     "Judge a table; what has to stop the run is in `problems` and is not in the split"
+    repeats(t, problems)
     sizes = np.array([(im["width"], im["height"]) for im in t.images] or [(1, 1)], float)
     names = lambda rows: [f"annotation {t.ids[j]}" for j in np.flatnonzero(rows)[:5]]
     say = lambda what, done, rows: note(problems, what, done, names(rows), int(rows.sum()))
@@ -230,7 +242,7 @@ def cut_out(path: Path) -> dict:
 def read_json(path: Path) -> dict:
     "The three lists of an annotation file, as Python objects"
     d = cut_out(path)
-    return d | dict(annotations=[msgspec.json.decode(a) if isinstance(a, msgspec.Raw) else a for a in d["annotations"]])
+    return d | dict(annotations=[json.loads(bytes(a)) if isinstance(a, msgspec.Raw) else a for a in d["annotations"]])
 
 # %% ../nbs/02_annotations.ipynb #ceac303d
 def size_of(path: Path) -> tuple:  # width, height as a person sees it; 0, 0 if it cannot be read
@@ -267,7 +279,7 @@ def fields(anns: list, image_of: Index, class_of: Index) -> tuple:
     crowd, ids, odd, none = bytearray(), [], [], []
     for k, a in enumerate(anns):
         try: a = decode(a) if isinstance(a, msgspec.Raw) else loosely(a)
-        except msgspec.ValidationError: a = loosely(msgspec.json.decode(a))
+        except msgspec.ValidationError: a = loosely(json.loads(bytes(a)))  # also numbers like 1e999
         image.append(image_of[a.image_id]); cls.append(class_of[a.category_id]); box.extend(a.bbox)
         area.append(math.nan if a.area is None else a.area); crowd.append(bool(a.iscrowd)); ids.append(a.id)
         if a.odd: odd.append(k)
@@ -291,8 +303,6 @@ def classes_of(found: list, where: str, problems: list) -> tuple:
     if not cats: raise ValueError(f"{where}: the file names no category, its list 'categories' is empty")
     order = lambda c: (isinstance(plain(c["id"]), str), plain(c["id"]))
     cats, at = index(sorted(cats, key=order), "name", "categories", problems)
-    often = [n for n, k in Counter(c["name"] for c in cats).items() if k > 1]
-    note(problems, "several categories of one name: they stay different classes", "look", often)
     return [(c["id"], c["name"]) for c in cats], at
 
 def coco_table(path: Path, folder: Path, problems: list) -> Table:
@@ -300,8 +310,6 @@ def coco_table(path: Path, folder: Path, problems: list) -> Table:
     d = cut_out(path)
     cats, class_of = classes_of(d["categories"], f"{path}: categories", problems)
     images, image_of = index(images_of(d["images"], Path(folder), f"{path}: images", problems), "file_name", "images", problems)
-    often = [f for f, n in Counter(x["file_name"] for x in images).items() if n > 1]
-    note(problems, "file listed under several image ids: each knows only its own boxes", "look", often)
     image, cls, box, crowd, area, ids, odd, none = fields(d["annotations"], image_of, class_of)
     ids = own_ids(ids, problems)
     note(problems, "number written as a text: read as a number", "repaired", [f"annotation {ids[k]}" for k in odd])

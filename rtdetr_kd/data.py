@@ -7,6 +7,7 @@ __all__ = ['carve', 'check_split', 'draw_subset', 'load_data', 'summary', 'mix',
            'collate', 'Batches', 'loader']
 
 # %% ../nbs/02_data.ipynb #464d0088
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def check_split(data: str, k: str, s: Split, train: Split):
     say = f"data='{data}': the split '{k}'"
     if s.names != train.names:
         raise ValueError(f"{say} has the classes {s.names}, train has {train.names}; they must be the same")
-    if not len(s): raise ValueError(f"{say} has no image")
-    if s.crowd.all(): raise ValueError(f"{say} has no box in {len(s)} images (groups marked iscrowd do not count)")
-    gone = [f for f in s.files if not (s.folder / f).is_file()]
+    if not len(s): raise ValueError(f"{say} has no image: add some" + (", or delete its annotation file: then it is carved from train" if k == "select" else ""))
+    why = "".join(f"; {p.n}× {p}" for p in s.problems if p.done == "dropped")
+    if s.crowd.all(): raise ValueError(f"{say} has no box in {len(s)} images (groups marked iscrowd do not count){why}")
+    gone = [f for f in s.files if not os.path.isfile(s.folder / f)]
     if gone: raise FileNotFoundError(f"{say}: {len(gone)} of {len(s)} image files are missing in {s.folder}, "
                                      f"the first is {gone[0]}")
 
