@@ -118,6 +118,7 @@ def fill(part: Path, images: Images, views: int, batch: int, ask, method: Method
             rate = (len(rows) - (n * views - done)) / (said - start)
             print(f"teacher's answers {done}/{n * views}  {rate:.0f} images/s  {(n * views - done) / rate / 60:.1f} min left", flush=True)
 
+# %% ../nbs/17_cache.ipynb #b76cf75a
 def cached_answers(
     images: Images,  # of training, with their augmentation
     views: int,  # of each image; one is enough without augmentation

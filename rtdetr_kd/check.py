@@ -75,6 +75,7 @@ def remembered(kept: Path, n: int) -> list | None:
     except (OSError, ValueError): return None
     return found if isinstance(found, list) and len(found) == n and all(isinstance(x, list) and len(x) == 6 for x in found) else None
 
+# %% ../nbs/02_check.ipynb #7c32642c
 def look_at_all(folder: Path, files: list, known: dict, progress: bool = True) -> list:
     "`look` for every file, from the cache where nothing has changed"
     kept = cache_dir() / "checks" / f"{mark_of(folder, files, known)}.json"

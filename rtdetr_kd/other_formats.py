@@ -32,7 +32,7 @@ def split_files(
         if (folder / ann).is_file():
             return folder / ann, next((folder / d for d in dirs if (folder / d).is_dir()), folder)
 
-# %% ../nbs/02_annotations_other.ipynb #131ea910
+# %% ../nbs/02_annotations_other.ipynb #aec67148
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif", ".jp2"}
 
 def text_of(path: Path) -> str:
@@ -41,6 +41,7 @@ def text_of(path: Path) -> str:
     try: return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError: raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8, or correct what leads to it") from None
 
+# %% ../nbs/02_annotations_other.ipynb #574bd219
 def read_yaml(folder: Path) -> tuple | None:  # file, content
     "The YOLO description of a folder, if it has one"
     for p in sorted(folder.glob("*.y*ml"), key=lambda p: (p.stem != "data", p)):  # data.yaml before any other
