@@ -25,7 +25,10 @@ def build(
     path, cores = Path(args.get("weights", EMBEDDED)).resolve(), int(args.get("cores", CORES))
     open_served(path)  # complain here, not in a copy's log
 
-    def app(): return create_app(open_served(path, threads=cores), None, float(args.get("threshold", .3)), args.get("token", ""))
+    def app():
+        a = create_app(open_served(path, threads=cores), None, float(args.get("threshold", .3)), args.get("token", ""))
+        a.state.service.worker.ready.result()  # Ray sends requests to a copy as soon as it is made: let it be warm by then
+        return a
 
     @serve.deployment(num_replicas=int(args.get("copies", 1)), max_ongoing_requests=64, ray_actor_options=dict(num_cpus=cores))
     @serve.ingress(app)
