@@ -58,6 +58,7 @@ def test_weights_of_another_run_are_refused(tmp_path):
     with pytest.raises(ValueError, match="these are other weights"): same_as_published(tmp_path / "toy-none")
 
 
+@pytest.mark.slow
 def test_the_notebook_as_it_is_typed(tmp_path):
     "A dense student, untrained, beside the shipped teacher"
     from rtdetr_kd.data import load_data

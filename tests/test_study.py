@@ -153,6 +153,7 @@ def test_every_preset_plans(tmp_path):
     assert "7.20 at 1.2" in grid.estimate(grid.plan("toy", "none,query", 3, str(tmp_path)), 1, 3600 * 300, 300, 1.2)
 
 
+@pytest.mark.slow
 def test_ablation_as_a_notebook(tiny, tmp_path):
     "One real run of train.ipynb, and the same command again"
     words = f"-p preset toy -p names none -p seeds 1 -p runs {tmp_path}"
