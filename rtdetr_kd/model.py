@@ -36,7 +36,7 @@ class Spec:
     d_ff: int = 1024  # channels inside the feed-forward parts
     expansion: float = 1.  # width of the encoder's fusion blocks
     depth: float = 1.  # length of the encoder's fusion blocks
-    queries: int = 300  # detections at most, before scores of several classes are ranked
+    queries: int = 300  # boxes that an image can be given
     layers: int = 6  # of the decoder
     points: int = 4  # sampling points a level
     attention: str = "deformable"  # or dense, or discrete (RT-DETRv2)
