@@ -177,7 +177,7 @@ def pick(
 
 # %% ../nbs/06_decoder.ipynb #82c18bfd
 def select(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
 ) -> tuple:  # the detection queries, the encoder's output (b,n,d)
@@ -234,7 +234,7 @@ def flip_labels(
 
 # %% ../nbs/06_decoder.ipynb #3340079a
 def denoising(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     targets: list,  # dicts of labels (n,) and boxes (n,4)
     label_noise: float = .5,  # half of it is the share of labels drawn anew
 ) -> tuple:  # Queries, positive (b,groups*2*m), groups
@@ -288,7 +288,7 @@ def join(
 
 # %% ../nbs/06_decoder.ipynb #7a98281b
 def refine(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     q: Queries,  # of all groups
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
@@ -313,7 +313,7 @@ def refine(
 
 # %% ../nbs/06_decoder.ipynb #48655e38
 def gather(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
     targets: list | None = None,  # in training
@@ -330,7 +330,7 @@ def gather(
 
 # %% ../nbs/06_decoder.ipynb #b4e71adb
 def decode(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     maps: list,  # (b,c,h,w) each, from the encoder
     targets: list | None = None,  # in training
     points: tuple | None = None,  # the teacher's cells and boxes: adds the shared group

@@ -218,7 +218,7 @@ def to_coco(self: Detections,
 # %% ../nbs/07_model.ipynb #8c8fbf02
 @torch.no_grad()
 def found_in(
-    model: RTDETR,
+    model: RTDETR,  # put into evaluation mode
     image: np.ndarray,  # (h,w,3) uint8
     threshold: float,  # the lowest score that is reported
     limit: int,  # the most detections
