@@ -36,12 +36,13 @@ def by_hungarian(student: Output, teacher: Output, same_classes: bool = True) ->
     b = s.logits.shape[1]
     return take(s, q.view(b, -1)), take(t, r.view(b, -1))
 
-# %% ../nbs/15_queries.ipynb #7714fcb9
+# %% ../nbs/15_queries.ipynb #518b5780
 def beside(a: Signals, b: Signals) -> Signals:
     "The queries of both in one row"
     both = {k: torch.cat([getattr(a, k), getattr(b, k)], 2) for k in PER_LAYER if getattr(a, k) is not None}
     return replace(a, **both, index=None)
 
+# %% ../nbs/15_queries.ipynb #7714fcb9
 def by_questions(student: Output, teacher: Output, same_classes: bool = True) -> tuple:  # Signals, Signals
     "The same questions, the teacher's own and those by lot"
     s, own, lots = student.shared, teacher.signals, teacher.shared

@@ -20,7 +20,7 @@ from .data import load_data
 from .evaluate import RECALLS, by_cell, coco_ap, curve, match, numbers, outside, predict, rows_of
 from .weights import load_model
 
-# %% ../nbs/20_matches.ipynb #492eedab
+# %% ../nbs/20_matches.ipynb #ddf064a2
 @dataclass
 class Matches:
     "What AP needs to know of a model's detections in a split"
@@ -34,6 +34,7 @@ class Matches:
     @property
     def images(self): return self.truth.shape[2]
 
+# %% ../nbs/20_matches.ipynb #492eedab
 def kept_rows(right: np.ndarray, cls: np.ndarray, code: np.ndarray, image: np.ndarray, classes: int) -> np.ndarray:
     "Detections up to the last right one of each class; wrong ones between two right ones by pattern and image"
     ever = right.any((1, 2))
@@ -42,13 +43,14 @@ def kept_rows(right: np.ndarray, cls: np.ndarray, code: np.ndarray, image: np.nd
     gap = np.cumsum(ever[keep])
     return keep[np.lexsort((image[keep], code[keep], ~ever[keep], gap, cls[keep]))]
 
-# %% ../nbs/20_matches.ipynb #6d9024df
+# %% ../nbs/20_matches.ipynb #e487a6af
 def patterns(*bits: np.ndarray) -> tuple:  # the different rows, packed; which of them each row is
     "Equal rows of (n,a,t) bits, named"
     packed = np.packbits(np.concatenate([b.reshape(len(b), 40) for b in bits], 1), axis=1)
     rows, code = np.unique(packed, axis=0, return_inverse=True)
     return rows, code.ravel()
 
+# %% ../nbs/20_matches.ipynb #6d9024df
 def matches_of(
     gt: dict,  # COCO's format, as `ground_truth` makes it
     found: list,  # predictions
@@ -84,7 +86,7 @@ def figures(
     parts = [p[..., 0], p[:1, ..., 0], p[5:6, ..., 0], *(p[..., a] for a in (1, 2, 3))]
     return {k: float(x[x > -1].mean()) if (x > -1).any() else None for k, x in zip(NAMES, parts)}
 
-# %% ../nbs/20_matches.ipynb #0c37b65c
+# %% ../nbs/20_matches.ipynb #9b4b85c4
 def reached(G: np.ndarray) -> tuple:  # table, where each resample's part starts in it
     "How many of the 101 recalls are at most n/G, for n = 0..G and each G (r,)"
     kinds, which = np.unique(G, return_inverse=True)
@@ -92,6 +94,7 @@ def reached(G: np.ndarray) -> tuple:  # table, where each resample's part starts
     table = np.concatenate([np.searchsorted(RECALLS, np.arange(g + 1) / max(g, 1), "right") for g in kinds])
     return table.astype(float), start[which]
 
+# %% ../nbs/20_matches.ipynb #0c37b65c
 def class_ap(E: np.ndarray, F: np.ndarray, right: np.ndarray, wrong: np.ndarray, table: np.ndarray, at: np.ndarray) -> np.ndarray:  # (r,)
     "AP of one class, range and threshold: events (j,r), wrong ones before each (j,r), bits (j,)"
     if not right.any(): return np.zeros(E.shape[1])
@@ -101,7 +104,7 @@ def class_ap(E: np.ndarray, F: np.ndarray, right: np.ndarray, wrong: np.ndarray,
     upto = table[tp.astype(int) + at]  # recalls reached after each event (j,r)
     return (p * np.diff(upto, axis=0, prepend=0)).sum(0) / 101
 
-# %% ../nbs/20_matches.ipynb #e3ca0e39
+# %% ../nbs/20_matches.ipynb #1261a20e
 def class_aps(m: Matches, c: int, a: int, W: np.ndarray, G: np.ndarray) -> np.ndarray:  # (10,r)
     "AP of a class and range at each threshold, for weights (i,r)"
     own = slice(m.start[c], m.start[c + 1])
@@ -118,6 +121,7 @@ def class_aps(m: Matches, c: int, a: int, W: np.ndarray, G: np.ndarray) -> np.nd
         for t in range(10): out[t, r] = class_ap(E, F, right[event, t], wrong[event, t], table, at[r])
     return out
 
+# %% ../nbs/20_matches.ipynb #e3ca0e39
 def resampled(
     m: Matches,
     weights: np.ndarray,  # (r,i) how often each image counts in each resample
@@ -141,7 +145,7 @@ def draws(images: int, n: int = 1000, seed: int = 0) -> np.ndarray:  # (n, image
     "How often each image is drawn, in each resample: the same for all models, so that differences are paired"
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
 
-# %% ../nbs/20_matches.ipynb #8aaae102
+# %% ../nbs/20_matches.ipynb #e982e896
 def save(m: Matches, path: Path):
     "About a hundred kilobytes for 800 images"
     rows, code = patterns(m.right, m.wrong)
@@ -152,6 +156,7 @@ def save(m: Matches, path: Path):
              shape=m.truth.shape, at=np.ravel_multi_index(at, m.truth.shape).astype(np.uint32), truth=m.truth[at])
     Path(path).write_bytes(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
 
+# %% ../nbs/20_matches.ipynb #8aaae102
 def load(path: Path) -> Matches:
     "What `save` wrote; raises ValueError for another file"
     try: z = np.load(io.BytesIO(lzma.decompress(Path(path).read_bytes())))

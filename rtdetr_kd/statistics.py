@@ -20,7 +20,7 @@ from .config import root
 from .matches import FILE, Matches, draws, load, resampled
 from .results import toy_study, variant
 
-# %% ../nbs/20_statistics.ipynb #a41fd668
+# %% ../nbs/20_statistics.ipynb #722a42ab
 def with_draws(
     runs: pd.DataFrame,  # of one data set, as `toy_study` gives them
     n: int = 1000,  # resamples of the images
@@ -37,6 +37,7 @@ def with_draws(
         rows.append(resampled(m, W, list(figures)))
     return runs.assign(variant=runs.variant if "variant" in runs else [variant(r) for _, r in runs.iterrows()], draws=rows)
 
+# %% ../nbs/20_statistics.ipynb #a41fd668
 def differences(
     runs: pd.DataFrame,  # with draws
     a: str,  # a variant
@@ -64,12 +65,13 @@ def variances(
     both = (Dr - mean[:, None]).var(0, ddof=1).sum() / (n - 1)  # seeds × images
     return D.var(ddof=1) / n, max(0., mean.var(ddof=1) - both / n)
 
-# %% ../nbs/20_statistics.ipynb #b35b760e
+# %% ../nbs/20_statistics.ipynb #10519bdd
 def quantile(level: float, n: int, seed_part: float, image_part: float) -> float:
     "Cochran's quantile, two-sided"
     z, t = stats.norm.isf(level / 2), stats.t.isf(level / 2, n - 1)
     return (t * seed_part + z * image_part) / (seed_part + image_part)
 
+# %% ../nbs/20_statistics.ipynb #fac6db5a
 def interval(D: np.ndarray, Dr: np.ndarray, level: float = .05) -> tuple:  # low, high
     "Interval of the mean difference over seeds and images; (nan, nan) of a single seed"
     if len(D) < 2: return math.nan, math.nan
@@ -77,6 +79,7 @@ def interval(D: np.ndarray, Dr: np.ndarray, level: float = .05) -> tuple:  # low
     half = quantile(level, len(D), s, v) * (s + v)**.5 if s + v else 0.
     return D.mean() - half, D.mean() + half
 
+# %% ../nbs/20_statistics.ipynb #b35b760e
 def p_value(D: np.ndarray, Dr: np.ndarray) -> float:
     "Two-sided: the level at which the interval ends at zero; nan of a single seed"
     if len(D) < 2: return math.nan
@@ -93,7 +96,7 @@ def sign_flip(D: np.ndarray) -> float:
     signs = np.array(list(product((1, -1), repeat=len(D))))
     return float((abs(signs @ D) >= abs(D.sum()) - 1e-12).mean())
 
-# %% ../nbs/20_statistics.ipynb #c3a0cc7f
+# %% ../nbs/20_statistics.ipynb #49f4c439
 def simulated(rng, seeds: int = 6, images: int = 100, sd_seed: float = .4, gain: float = .5) -> tuple:  # two lists of Matches
     "A study with known properties: matches of a method and of its control, for each seed"
     easy, shared = rng.normal(0, 1, (images, 1)), rng.normal(0, sd_seed, seeds)
@@ -106,6 +109,7 @@ def simulated(rng, seeds: int = 6, images: int = 100, sd_seed: float = .4, gain:
         return Matches(np.arange(images).repeat(4)[o], np.array([0, len(o)]), right[o], ~right[o], truth)
     return tuple([one(g + s + rng.normal(0, sd_seed)) for s in shared] for g in (gain, 0.))
 
+# %% ../nbs/20_statistics.ipynb #c3a0cc7f
 def study(rng, n: int = 100, **kw) -> tuple:  # D (s,), on resamples (r,s)
     "Differences in AP of one simulated study"
     W = draws(kw.get("images", 100), n, int(rng.integers(2**31)))
@@ -130,7 +134,7 @@ def coverage(
         held += low <= 0 <= high
     return held / studies
 
-# %% ../nbs/20_statistics.ipynb #a8da6a45
+# %% ../nbs/20_statistics.ipynb #69b0b8bc
 def holm(p: list) -> list:
     "Corrected p-values; nan stays nan and is no question"
     p, out, worst = np.asarray(p, float), np.full(len(p), np.nan), 0.
@@ -140,6 +144,7 @@ def holm(p: list) -> list:
         out[k] = worst
     return out.tolist()
 
+# %% ../nbs/20_statistics.ipynb #a8da6a45
 def verdict(n: int, gain: float, p: float, level: float = .05) -> str:
     "What was shown, in words"
     if n < 2: return "one seed: not ranked"

@@ -32,7 +32,7 @@ from .results import markdown, pm, published, strengths
 from .statistics import compare, with_draws
 from .weights import load_model
 
-# %% ../nbs/20_study.ipynb #97336df5
+# %% ../nbs/20_study.ipynb #2cd398b0
 TELLING = ("method", "logit_mode", "alignment", "stage_shape", "shuffle_teacher", "temperature", "query_points", "kd_layers", "attention_loss")
 
 def config_name(run) -> str | None:  # a row of `read_runs`
@@ -47,6 +47,7 @@ def config_name(run) -> str | None:  # a row of `read_runs`
         if same and (fixed == (run.lam not in ("auto", "adaptive"))) and (fixed or run.method == "none" or run.rho == want["rho"]) \
            and (run.epochs > usual.epochs if "epochs" in settings else run.epochs == usual.epochs): return name
 
+# %% ../nbs/20_study.ipynb #97336df5
 def runs_of_study() -> pd.DataFrame:
     "The published toy runs that belong to the grid, with their configuration as `variant`"
     runs = published()
@@ -64,19 +65,22 @@ def spoken(name: str) -> str:
         if name.endswith(f" {end}"): return f"{SAID[name.removesuffix(f' {end}')]}, {end} teacher"
     return SAID[name]
 
-# %% ../nbs/20_study.ipynb #29393b29
+# %% ../nbs/20_study.ipynb #1880798a
 def questions(runs: pd.DataFrame) -> list:  # (configuration, control), …
     "The grid's comparisons whose two sides have been run"
     there = {*runs.variant}
     return [(a, b) for a in GRID if a in there for b in CONTROLS.get(a, []) if b in there]
 
+# %% ../nbs/20_study.ipynb #e0e48d22
 def is_method(name: str) -> bool: return not name.endswith((" untrained", " shuffled", " longer"))
 
+# %% ../nbs/20_study.ipynb #8e7f6ee4
 def families(pairs: list) -> dict:
     "Methods against no distillation; all that involves a control"
     first = [(a, b) for a, b in pairs if b == "none" and is_method(a)]
     return dict(methods=first, controls=[p for p in pairs if p not in first])
 
+# %% ../nbs/20_study.ipynb #8cf415da
 def overview(runs: pd.DataFrame, c: pd.DataFrame) -> pd.DataFrame:
     "The README's table: AP over seeds, the difference to none and to an untrained teacher, the verdicts"
     found = {(r.variant, r.control): r for r in c.itertuples()}
@@ -88,6 +92,7 @@ def overview(runs: pd.DataFrame, c: pd.DataFrame) -> pd.DataFrame:
                      "AP − untrained teacher [95 %]": told(b), "verdict on that": b.verdict if b else ""})
     return pd.DataFrame(rows)
 
+# %% ../nbs/20_study.ipynb #faeb60b1
 def study(n: int = 1000) -> dict:
     "Every comparison, on n resamples of the images"
     runs = with_draws(runs_of_study(), n, ("AP", "APs", "APm"))
@@ -97,21 +102,24 @@ def study(n: int = 1000) -> dict:
     every = sum((plain(compare(runs, pairs).assign(family=f)) for f, pairs in asked.items() if pairs), [])
     return dict(resamples=n, table=plain(overview(runs, pd.DataFrame(every))), images=int(load(root() / "runs/published" / runs.run.iloc[0] / FILE).images), sizes=sum(sizes, []), comparisons=every)
 
+# %% ../nbs/20_study.ipynb #e46f077b
 def read(name: str):
     "A published result file of the study"
     return json.loads((root() / "runs" / "published" / name).read_text())
 
+# %% ../nbs/20_study.ipynb #29393b29
 def comparisons(kind: str = "comparisons") -> pd.DataFrame:
     "The kept comparisons"
     return pd.DataFrame(read("study.json")[kind])
 
-# %% ../nbs/20_study.ipynb #5dd37eba
+# %% ../nbs/20_study.ipynb #7cbfb51e
 def processor() -> str:
     "The processor's name, as the system gives it"
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return (names or [platform.processor() or platform.machine()])[0].strip()
 
+# %% ../nbs/20_study.ipynb #f3867fdd
 @torch.no_grad()
 def costs(model: RTDETR, repeats: int = 40) -> dict:
     "Parameters, GFLOPs, milliseconds per image: measured here"
@@ -125,6 +133,7 @@ def costs(model: RTDETR, repeats: int = 40) -> dict:
     torch.set_num_threads(threads)
     return dict(parameters=sum(p.numel() for p in model.parameters()), gflops=f.get_total_flops() / 1e9, ms=float(np.median(times)) * 1e3, image_size=side)
 
+# %% ../nbs/20_study.ipynb #5dd37eba
 def measure_models() -> dict:
     "The shipped student and teacher, alternating, on this machine"
     models = dict(student=load_model(root() / "weights/toy_student.safetensors"), teacher=load_model(root() / "weights/toy_teacher.safetensors"))
@@ -132,7 +141,7 @@ def measure_models() -> dict:
     best = {k: min((r[k] for r in rounds), key=lambda c: c["ms"]) for k in models}
     return dict(machine=processor(), threads=1, torch=torch.__version__, models=best)
 
-# %% ../nbs/20_study.ipynb #6ab45484
+# %% ../nbs/20_study.ipynb #46c3b5b7
 def method_rows(runs: pd.DataFrame) -> pd.DataFrame:
     "Every configuration: AP over seeds, mean ± sd, and n"
     rows = []
@@ -141,8 +150,10 @@ def method_rows(runs: pd.DataFrame) -> pd.DataFrame:
         rows.append({"configuration": spoken(v), "n": len(r), **{k: pm(r[k]) for k in ("AP", "AP50", "AP75", "APs", "APm")}})
     return pd.DataFrame(rows).rename(columns={"APs": "AP small", "APm": "AP medium"})
 
+# %% ../nbs/20_study.ipynb #3a12eb7e
 def p_text(p: float) -> str: return "" if p is None or p != p else "< 0.001" if p < .001 else f"{p:.3f}"
 
+# %% ../nbs/20_study.ipynb #095077b8
 def comparison_rows(c: pd.DataFrame) -> pd.DataFrame:
     "Every question: difference, interval, p-values, verdict, the seeds that 0.02 AP would take"
     rows = [{"configuration": spoken(r.variant), "control": spoken(r.control), "n": r.n,
@@ -150,18 +161,20 @@ def comparison_rows(c: pd.DataFrame) -> pd.DataFrame:
              "verdict": r.verdict, "seeds for 0.02": "" if r.n < 2 else "more than 1,000" if pd.isna(r.needed) else f"{int(r.needed)}"} for r in c.itertuples()]
     return pd.DataFrame(rows)
 
+# %% ../nbs/20_study.ipynb #848b4fd0
 def model_rows() -> pd.DataFrame:
     "Student and teacher: parameters, GFLOPs, speed"
     m = read("models.json")
     return pd.DataFrame([{"network": k, "parameters, M": f"{v['parameters'] / 1e6:.2f}", "GFLOPs": f"{v['gflops']:.2f}", "ms per image": f"{v['ms']:.1f}",
                           "FPS": f"{1e3 / v['ms']:.0f}", "machine": f"{m['machine']}, {m['threads']} thread"} for k, v in m["models"].items()])
 
+# %% ../nbs/20_study.ipynb #6ab45484
 def strength_rows() -> pd.DataFrame:
     "AP on select, seed 0, at each strength"
     t = strengths()
     return pd.DataFrame([{"method": k, **{c: f"{v:.3f}" for c, v in r.items()}} for k, r in t.iterrows()])
 
-# %% ../nbs/20_study.ipynb #4ceacd05
+# %% ../nbs/20_study.ipynb #03b901e3
 ESCAPED = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$", "ρ": r"$\rho$", "λ": r"$\lambda$", "<": "$<$", ">": "$>$", "×": r"$\times$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 def escaped(text) -> str:
@@ -169,12 +182,14 @@ def escaped(text) -> str:
     t = "".join(ESCAPED.get(ch, ch) for ch in str(text))
     return re.sub(r"(?<![\w.])([+-]\d[\d.]*)", r"$\1$", t)
 
+# %% ../nbs/20_study.ipynb #419ced37
 def latex(t: pd.DataFrame) -> str:
     "A table with booktabs: texts to the left, numbers to the right"
     left = [all(not re.match(r"[-+<]?\s*\d|$", str(x)) for x in t[k]) for k in t]
     lines = [" & ".join(map(escaped, r)) + r" \\" for r in t.itertuples(index=False)]
     return "\n".join([rf"\begin{{tabular}}{{{''.join('l' if x else 'r' for x in left)}}}", r"\toprule", " & ".join(map(escaped, t.columns)) + r" \\", r"\midrule", *lines, r"\bottomrule", r"\end{tabular}", ""])
 
+# %% ../nbs/20_study.ipynb #4ceacd05
 def texts(t: pd.DataFrame) -> dict:  # ending -> content
     "A frame as CSV, Markdown and LaTeX"
     return dict(csv=t.to_csv(index=False), md=markdown(t) + "\n", tex=latex(t))
@@ -200,7 +215,7 @@ def draw_comparison(c: pd.DataFrame, runs: pd.DataFrame) -> plt.Figure:
         fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_study.ipynb #0a4fd98c
+# %% ../nbs/20_study.ipynb #2a2fce14
 LINES = [("none", "-", "o"), ("logit", ":", "s"), ("query", "--", "^"), ("cwd", "-.", "v"), ("query+cwd", (0, (5, 1)), "D")]
 
 def logs(runs: pd.DataFrame, v: str, key: str) -> tuple:  # epochs, (runs, epochs)
@@ -208,6 +223,7 @@ def logs(runs: pd.DataFrame, v: str, key: str) -> tuple:  # epochs, (runs, epoch
     rows = [[(l["epoch"], l[key]) for l in read_log(root() / "runs/published" / r) if key in l] for r in runs[runs.variant == v].run]
     return [e for e, _ in rows[0]], np.array([[y for _, y in r] for r in rows])
 
+# %% ../nbs/20_study.ipynb #0a4fd98c
 def draw_curves(runs: pd.DataFrame) -> plt.Figure:
     "Box loss and AP on select by epoch; bands: one standard deviation over seeds"
     with plt.rc_context(STYLE):
@@ -272,7 +288,7 @@ def draw_latency(runs: pd.DataFrame) -> plt.Figure:
         fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_study.ipynb #6b8e7e05
+# %% ../nbs/20_study.ipynb #16e80009
 def hits(found, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:  # (n,) bool
     "Which true boxes have a detection of their class with an IoU of 0.5 or more"
     from torchvision.ops import box_iou
@@ -280,6 +296,7 @@ def hits(found, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:  # (n,) bo
     o = box_iou(torch.tensor(boxes).float(), torch.tensor(found.boxes).float()).numpy()
     return ((o >= .5) & (labels[:, None] == found.labels[None])).any(1)
 
+# %% ../nbs/20_study.ipynb #f337430e
 def differing(student: RTDETR, teacher: RTDETR, split, among: int = 200, n: int = 3, threshold: float = .5) -> list:  # (image, student's, teacher's), …
     "The scenes that differ most among the first ones"
     found = []
@@ -290,6 +307,7 @@ def differing(student: RTDETR, teacher: RTDETR, split, among: int = 200, n: int 
         found.append((int((b & ~a).sum()), k, s, t))
     return [(k, s, t) for _, k, s, t in sorted(found, key=lambda x: (-x[0], x[1]))[:n]]
 
+# %% ../nbs/20_study.ipynb #6b8e7e05
 def draw_examples(student: RTDETR, teacher: RTDETR, split, **kw) -> plt.Figure:
     "Truth, teacher, student, side by side"
     picked = differing(student, teacher, split, **kw)
@@ -306,7 +324,7 @@ def draw_examples(student: RTDETR, teacher: RTDETR, split, **kw) -> plt.Figure:
         fig.tight_layout(pad=.2)
     return fig
 
-# %% ../nbs/20_study.ipynb #4594432a
+# %% ../nbs/20_study.ipynb #1c0f6970
 def figures_of_study() -> dict:  # name -> function that draws it
     "Every figure of the paper"
     runs, c = runs_of_study(), comparisons()
@@ -314,10 +332,12 @@ def figures_of_study() -> dict:  # name -> function that draws it
     return dict(comparison=lambda: draw_comparison(c, runs), curves=lambda: draw_curves(runs), strength=draw_strength, sizes=lambda: draw_sizes(comparisons("sizes")),
                 latency=lambda: draw_latency(runs), examples=lambda: draw_examples(*models(), load_data("toy")["val"], among=200))
 
+# %% ../nbs/20_study.ipynb #91bfc443
 def tables_of_study() -> dict:  # name -> frame
     "Every table of the paper"
     return dict(methods=method_rows(runs_of_study()), comparisons=comparison_rows(comparisons()), models=model_rows(), strengths=strength_rows())
 
+# %% ../nbs/20_study.ipynb #4594432a
 def write_figures(folder: Path):
     "PDF and PNG of every figure; the same figure gives the same file"
     for name, make in figures_of_study().items():

@@ -35,7 +35,7 @@ def test_the_install_line_changes_nothing_that_is_there(tmp_path):
 
 
 def test_without_a_gpu_it_stops_before_any_download(tmp_path):
-    pytest.importorskip("rtdetr_kd.grid")
+    pytest.importorskip("rtdetr_kd.runner")
     r = run(tmp_path / "out.ipynb", CUDA_VISIBLE_DEVICES="")
     assert r.returncode != 0 and "there is no GPU: Runtime" in r.stderr
 
@@ -43,7 +43,7 @@ def test_without_a_gpu_it_stops_before_any_download(tmp_path):
 @pytest.mark.slow
 def test_from_nothing_to_the_table_and_again(tmp_path):
     "All of it; then again, as after a disconnect: nothing is trained twice, and what was cut off goes on"
-    pytest.importorskip("rtdetr_kd.grid")
+    pytest.importorskip("rtdetr_kd.runner")
     r = run(tmp_path / "a.ipynb", "-p", "stand_in", "True", "-p", "work", tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
     said = r.stdout + r.stderr
