@@ -72,7 +72,7 @@ def draw_look(
     weights: Tensor,  # (heads,levels,p)
     box: Tensor,  # (4,) cxcywh
     title: str = "",
-    grid: int = 20,
+    grid: int = 20,  # cells a side of the map
 ):
     "Map, sampling points and box over the image"
     h, w = image.shape[-2:]
@@ -88,7 +88,7 @@ def draw_look(
 def draw_pair(
     image: Tensor,  # (3,h,w) in 0..1
     sides: dict,  # title: (Signals, image's number, query)
-    layers: list = (0, -1),
+    layers: list = (0, -1),  # of the decoder
     head: int | None = None,  # None: all
 ) -> plt.Figure:
     "A column for each network, a row for each layer"
@@ -102,7 +102,9 @@ def draw_pair(
     return fig
 
 # %% ../nbs/21_attention_maps.ipynb #e0d76249
-def peak(A: Tensor) -> Tensor:  # (...,h,w) -> (...,2) x,y as fractions of the image
+def peak(
+    A: Tensor,  # (...,h,w)
+) -> Tensor:  # (...,2) x,y as fractions of the image
     "The centre of the highest cell"
     h, w = A.shape[-2:]
     at = A.flatten(-2).argmax(-1)

@@ -27,7 +27,10 @@ from .results import METHOD_ORDER, interval, over_control, paired, pm, published
 from .weights import load_model, weights_mark
 
 # %% ../nbs/21_attention_study.ipynb #58aefecd
-def alike(a: Tensor, b: Tensor) -> Tensor:  # (k,h,w), (k,h,w) -> (k,)
+def alike(
+    a: Tensor,  # (k,h,w)
+    b: Tensor,  # (k,h,w)
+) -> Tensor:  # (k,)
     "Cosine of two maps"
     return F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
@@ -37,7 +40,7 @@ def compare(
     s: Signals,  # the student's, of its own questions
     asked: Signals,  # the student's, of the teacher's questions
     targets: list,  # dicts of labels and boxes
-    grid: int = 20,
+    grid: int = 20,  # cells a side of a map
     sure: float = .5,  # objects that the teacher fits worse are left out
 ) -> pd.DataFrame:  # a row for each object and pair of layers
     "Agreement on one batch"
@@ -60,9 +63,9 @@ def agreement(
     teacher: RTDETR,
     students: dict,  # name: RTDETR
     split,  # of the teacher's classes
-    batch: int = 50,
-    grid: int = 20,
-    sure: float = .5,
+    batch: int = 50,  # images
+    grid: int = 20,  # cells a side of a map
+    sure: float = .5,  # objects that the teacher fits worse are left out
 ) -> dict:  # name: a row for each object and pair of layers; raises ValueError
     "How far students look where their teacher looks"
     for name, m in students.items():
@@ -80,14 +83,18 @@ def agreement(
     return {name: pd.concat(p, ignore_index=True) for name, p in parts.items()}
 
 # %% ../nbs/21_attention_study.ipynb #0a18cd87
-def means(found: pd.DataFrame) -> dict:
+def means(
+    found: pd.DataFrame,  # as `agreement` gives it for a student
+) -> dict:
     "Over objects: in all layers, and of the last one"
     last = found[found.layer == found.layer.max()]
     figures = [c for c in found if c not in ("layer", "image")]
     return {k: float(found[k].mean()) for k in figures} | {f"{k}_last": float(last[k].mean()) for k in figures}
 
 # %% ../nbs/21_attention_study.ipynb #0ee46a59
-def same_as_published(run: Path):
+def same_as_published(
+    run: Path,  # its folder
+):
     "Refuse a run that is not the published one of its name; raises ValueError"
     ap, known = (json.loads((f / "metrics.json").read_text())["AP"] for f in (run, root() / "runs/published" / run.name))
     if ap != known: raise ValueError(f"{run.name}: AP {ap} here and {known} in runs/published, so these are other weights; publish that run first")
@@ -150,14 +157,19 @@ def agreement_runs() -> pd.DataFrame:
     return published().merge(figures.drop(columns="weights").astype(float), left_on="run", right_index=True)
 
 # %% ../nbs/21_attention_study.ipynb #c0908088
-def differences(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
+def differences(
+    runs: pd.DataFrame,  # as `agreement_runs` gives them
+    figure: str,  # column to compare
+) -> pd.DataFrame:
     "`paired`, with the baseline first, then in the order of the methods"
     p = paired(runs, figure)
     place = {m: k for k, m in enumerate(METHOD_ORDER)}
     return p.iloc[p.variant.map(lambda v: (place.get(v.split(" ")[0], 99), "untrained" in v, v)).argsort()]
 
 # %% ../nbs/21_attention_study.ipynb #6f6b8ab9
-def higher(p) -> str:
+def higher(
+    p,  # a row of `paired`
+) -> str:
     "What the interval says of a figure of which more is not better"
     return {"better": "higher", "worse": "lower"}.get(verdict(p), verdict(p))
 

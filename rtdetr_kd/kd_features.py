@@ -34,12 +34,17 @@ def pair_levels(
     return [(size(full(s), t), full(t)) for s, t in zip(student[-n:], teacher[-n:])]
 
 # %% ../nbs/14_features.ipynb #e42fd704
-def width(model: RTDETR) -> int:
+def width(
+    model: RTDETR,
+) -> int:
     "Channels of the encoder's maps"
     return model.spec.d_encoder or model.spec.d
 
 # %% ../nbs/14_features.ipynb #2890de8e
-def adapters(student: RTDETR, teacher: RTDETR) -> nn.ModuleList:
+def adapters(
+    student: RTDETR,
+    teacher: RTDETR,
+) -> nn.ModuleList:
     "A 1×1 convolution for each pair of levels"
     n = min(student.spec.levels, teacher.spec.levels)
     return nn.ModuleList(nn.Conv2d(width(student), width(teacher), 1) for _ in range(n))

@@ -41,7 +41,10 @@ class Mix(Method):
                 for k, v in m(student, teacher, targets, progress).items()}
 
 # %% ../nbs/16_schedules.ipynb #42284eee
-def parts_of(method: Method, name: str) -> dict:
+def parts_of(
+    method: Method,
+    name: str,  # of the method
+) -> dict:  # name: Method
     "A mixture's parts, or the method itself as the only part"
     return dict(method.parts) if isinstance(method, Mix) else {name: method}
 
@@ -62,7 +65,9 @@ def curriculum(
     return lambda progress: {first: f(progress), second: 1 - f(progress)}
 
 # %% ../nbs/16_schedules.ipynb #20bf5bce
-def known_method(name: str) -> bool:
+def known_method(
+    name: str,
+) -> bool:
     "Whether a name is a method, or a sum of different ones"
     parts = name.split("+")
     return name in (*METHODS, "stage") or (len(parts) > 1 and len(set(parts)) == len(parts) and all(METHODS.get(p) for p in parts))

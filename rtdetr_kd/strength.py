@@ -36,7 +36,10 @@ def length(
     return float((w @ G @ w).clamp(min=0).sqrt())
 
 # %% ../nbs/16_strength.ipynb #2f671457
-def part_vector(names: list, weights: dict) -> Tensor:
+def part_vector(
+    names: list,  # of the terms: det, part:term, …
+    weights: dict,  # {part: weight}
+) -> Tensor:  # (n,) float64
     "A weight for each term, by the part it belongs to; terms are called part:term, and det is none"
     return torch.tensor([weights.get(n.split(":")[0], 0.) if ":" in n else 0. for n in names]).double()
 
