@@ -117,4 +117,7 @@ def test_committed_with_outputs_and_without_traces(path):
     text = path.read_text()
     assert any(c["outputs"] for c in code(path)), "readers see no picture: run the notebook before committing"
     assert not re.search(r"/(root|home|Users|tmp)/\w", text), "a path of one machine"
+    shown = json.dumps([{k: v for k, v in o.items() if k != "data"} | dict(data={k: v for k, v in o.get("data", {}).items() if not k.startswith("image/")}) for c in code(path) for o in c["outputs"]])
+    told = re.search(r"(?<![\w.])/work\b|site-packages|\.venv/", shown)
+    assert not told, f"an output tells of one machine: …{shown[max(0, told.start() - 60):told.end() + 60]}"
     assert not any(o.get("output_type") == "error" for c in code(path) for o in c["outputs"]), "a committed error"
