@@ -119,7 +119,7 @@ def run(self: Learner) -> dict:
 def track(self: Learner):
     "Open the keeper of curves, or go on in its"
     name = self.folder.name
-    more = dict(tensorboard=dict(purge_step=self.step), wandb=dict(name=name, id=name, resume="allow"), trackio=dict(name=name, resume="allow"))
+    more = dict(tensorboard=dict(purge_step=self.step), wandb=dict(name=name, id=name, resume="allow", dir=str(self.folder)), trackio=dict(name=name, resume="allow"))
     if self.c.tracker != "none": self.acc.init_trackers("tensorboard" if self.c.tracker == "tensorboard" else "rtdetr_kd", asdict(self.c), more)
 
 # %% ../nbs/18_learner.ipynb #9d4a16de
