@@ -107,6 +107,6 @@ def page(name: str, notebook: str, about: str, entries: list, source_url: str) -
     for e in entries:
         level = "###" if "." in e.name else "##"
         where = f"[in the story](#sym-{e.module}.{e.cell}) · [source]({source_url}/rtdetr_kd/{e.module}.py#L{e.line})"
-        shown = e.signature if len(e.signature) < 90 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
+        shown = e.signature if len(e.signature) < 60 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
         out += [f"({e.label})=\n{level} {e.name}", f"```python\n{shown}\n```", cell_text(e.doc.splitlines()[0]) if e.doc else "", table(e), where]
     return "\n\n".join(x for x in out if x) + "\n"
