@@ -35,9 +35,27 @@ def test_the_install_line_changes_nothing_that_is_there(tmp_path):
 
 
 def test_without_a_gpu_it_stops_before_any_download(tmp_path):
-    pytest.importorskip("rtdetr_kd.grid")
     r = run(tmp_path / "out.ipynb", CUDA_VISIBLE_DEVICES="")
     assert r.returncode != 0 and "there is no GPU: Runtime" in r.stderr
+
+
+@pytest.mark.slow
+def test_in_a_fresh_environment_the_install_cell_is_enough(tmp_path):
+    "G05: nothing but what Colab has; then the notebook's cells up to its imports and the training step, and Colab's torch is still the same"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "v"], check=True, timeout=120)
+    py = tmp_path / "v/bin/python"
+    colab = ["torch", "torchvision", "scipy", "matplotlib", "pandas", "ipykernel"]
+    subprocess.run([py, "-m", "pip", "install", "-q", *colab], check=True, timeout=1200)
+    copy = tmp_path / "rtdetr-kd"
+    subprocess.run(["git", "clone", "-q", ROOT, copy], check=True, timeout=120)
+    sources = ["".join(c["source"]) for c in CELLS if c["cell_type"] == "code"]
+    last = next(k for k, s in enumerate(sources) if "loss.backward()" in s)
+    script = "\n\n".join(sources[:last + 1]).replace("stand_in: bool = False", "stand_in: bool = True")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(OMP_NUM_THREADS="1")
+    r = subprocess.run([py, "-c", script], cwd=copy, text=True, capture_output=True, timeout=1200, env=env)
+    assert r.returncode == 0 and "gradients are finite" in r.stdout, (r.stdout + r.stderr)[-2000:]
+    r = subprocess.run([py, "-m", "pip", "check"], text=True, capture_output=True, timeout=120)
+    assert r.returncode == 0, r.stdout
 
 
 def killed_in_the_middle(work):
@@ -60,7 +78,7 @@ def killed_in_the_middle(work):
 @pytest.mark.slow
 def test_after_kill_9_in_the_middle_it_goes_on_to_the_table(tmp_path):
     "As after a disconnect: what is finished is left alone, what was cut off is finished, and the table is there"
-    pytest.importorskip("rtdetr_kd.grid")
+    from rtdetr_kd.grid import GRID
     done, cut = killed_in_the_middle(tmp_path)
     assert done and not (cut / "metrics.json").exists()
     r = run(tmp_path / "again.ipynb", "-p", "stand_in", "True", "-p", "work", tmp_path)
@@ -68,6 +86,7 @@ def test_after_kill_9_in_the_middle_it_goes_on_to_the_table(tmp_path):
     said = r.stdout + r.stderr
     assert f"{len(done)} finished" in said and said.index("runs to go") < said.index("seed 0: AP") and "less_none" in said and "{'finished': 4}" in said
     assert re.search(r"\[\d\.\d min\] ", said), "G06: a line from time to time"
+    assert f"coco30k: {3 * len(GRID)} runs: " in said, "the whole grid is planned, though four of its runs are made"
     assert len([*tmp_path.glob("runs/*/metrics.json")]) == 4 and all(f.stat().st_mtime_ns == t for f, t in done.items())
     attempts = {f.parent: len(f.read_text().splitlines()) for f in tmp_path.glob("runs/*/attempts.txt")}
     assert attempts[cut] == 2 and all(n == 1 for folder, n in attempts.items() if folder != cut)
