@@ -46,6 +46,7 @@ def linked(prose: str, find) -> str:
         lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
     text = re.sub(rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M)  # on a phone commands are wrapped, drawings are not
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
+    text = re.sub(r"(!\[[^\]]*\]\()\.\./(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
     return re.sub(r"\]\((\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
 
 

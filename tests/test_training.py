@@ -347,3 +347,14 @@ def test_one_model_any_size():
         for h, w, n in ((32, 32, 21), (64, 64, 84), (96, 160, 100)):
             out = m(torch.rand(1, 3, h, w))
             assert [v.shape[1] for v in top_detections(out.logits, out.boxes, 300)] == [n] * 3
+
+
+def test_a_line_from_time_to_time(tiny, tmp_path, capsys):
+    "G06: where no terminal is, too, and also while it evaluates"
+    from rtdetr_kd.evaluate import predict
+    learner = Learner(config(tiny, tmp_path))
+    capsys.readouterr()
+    learner.one_epoch(every=-1)
+    assert len([l for l in capsys.readouterr().out.splitlines() if l.startswith("epoch 1/3 step")]) == learner.steps
+    predict(learner.model, learner.splits["val"], batch=4, every=-1)
+    assert capsys.readouterr().out.splitlines() == ["  val: 4 of 8 images looked at", "  val: 8 of 8 images looked at"]
