@@ -95,10 +95,11 @@ def table(e: Entry) -> str:
     "Parameters and what comes back; nothing where there is nothing to tell"
     if not e.rows and not e.gives: return ""
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
-    lines = ["| parameter | type | default | shape, unit, meaning |", "|---|---|---|---|"]
-    lines += [f"| {code(p)} | {code(t)} | {code(d)} | {cell_text(m)} |" for p, t, d, m in e.rows]
-    if e.gives: lines.append(f"| *returns* | {code(e.gives[0])} | | {cell_text(e.gives[1])} |")
-    return "\n".join(lines)
+    rows = [("parameter", "type", "default", "shape, unit, meaning"), *((code(p), code(t), code(d), cell_text(m)) for p, t, d, m in e.rows)]
+    if e.gives: rows.append(("*returns*", code(e.gives[0]), "", cell_text(e.gives[1])))
+    columns = [c for c in zip(*rows) if any(c[1:])]  # those with something in them
+    head, *body = zip(*columns)
+    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(columns), *body))
 
 
 def page(name: str, notebook: str, about: str, entries: list, source_url: str) -> str:
