@@ -105,8 +105,9 @@ def table(e: Entry) -> str:
 def page(name: str, notebook: str, about: str, entries: list, source_url: str) -> str:
     "One module's page"
     out = [f"# {name}", f"{{.lead}}\n{about}", f"Explained in [{notebook}](../{notebook}.ipynb)."]
+    here = {e.name for e in entries}
     for e in entries:
-        level = "###" if "." in e.name else "##"
+        level = "###" if e.name.split(".")[0] in here - {e.name} else "##"  # a method below its class, if the class is of this module
         where = f"[in the story](#sym-{e.module}.{e.cell}) · [source]({source_url}/rtdetr_kd/{e.module}.py#L{e.line})"
         shown = e.signature if len(e.signature) < 60 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
         out += [f"({e.label})=\n{level} {e.name}", f"```python\n{shown}\n```", cell_text(e.doc.splitlines()[0]) if e.doc else "", table(e), where]
