@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import Config, root
 from .model import RTDETR, SIZES, Spec
+from .together import gathered
 from .weights import init_from, load_model
 
 # %% ../nbs/18_build.ipynb #e3d2167a
@@ -86,7 +87,7 @@ class EMA:
     def update(self, model: nn.Module):
         self.n += 1
         d = self.decay * (1 - math.exp(-self.n / self.τ))
-        ours, theirs = self.model.state_dict(), model.state_dict()
+        ours, theirs = self.model.state_dict(), gathered(model.state_dict())
         real = [k for k, v in ours.items() if v.is_floating_point()]
         torch._foreach_lerp_([ours[k] for k in real], [theirs[k] for k in real], 1 - d)
         for k in ours.keys() - set(real): ours[k].copy_(theirs[k])

@@ -8,26 +8,27 @@ __all__ = ['Learner', 'method_options', 'move_to', 'resized', 'grouped', 'clock'
 # %% ../nbs/18_epoch.ipynb #87b241cc
 import multiprocessing, os, sys, time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from torch import Tensor
 
 from .annotations import Split
 from .build import EMA, build_model, frozen_norms, lr_factor, param_groups, shipped_teacher, teacher_model, try_out
-from .config import Config, run_folder
+from .config import Config, run_folder, write_json
 from .data import Images, augmentation, load_data, loader, mix, order, sides_around
 from .distill import Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, slim, surest
 from .kd_schedules import make_method, parts_of
 from .losses import detection_losses
 from .model import SIZES, Output
-from .together import Trained, accelerator, enough_memory, piece, share_norms
+from .together import Trained, accelerator, enough_memory, piece, plain_layout, share_norms
 from .weights import OFFICIAL_AP, weights_mark
 
 # %% ../nbs/18_epoch.ipynb #cc87311e
@@ -52,6 +53,8 @@ class Learner:
         groups = param_groups(self.model, c.lr, c.backbone_lr, c.weight_decay)
         if self.method is not None: groups += [g for g in param_groups(self.method, c.lr, 1., c.weight_decay)]
         self.ema = EMA(self.model, c.ema)
+        self.cut = self.acc.distributed_type == DistributedType.FSDP  # weights in pieces
+        if self.cut: plain_layout(self.trained)
         self.together, self.opt = self.acc.prepare(self.trained, torch.optim.AdamW(groups, fused=True))
         augment = augmentation(c.photometric, c.zoom_out, c.iou_crop, c.hflip, c.mosaic)
         self.images = Images(train, c.image_size, augment, c.seed)
@@ -213,10 +216,11 @@ def one_step(self: Learner,
     boxes, n = map(int, self.add(sum(len(t["labels"]) for _, ts in window for t in ts), sum(len(ts) for _, ts in window)))
     self.opt.zero_grad(set_to_none=True)
     terms = defaultdict(float)
-    for k, batch in enumerate(window):
-        with nullcontext() if k == len(window) - 1 else self.acc.no_sync(self.together), enough_memory(self.c):
-            for name, v in self.part_of_step(k, *batch, boxes, n).items(): terms[name] = terms[name] + v
-    terms = self.judge(dict(terms))
+    with self.bad_step_told(window):
+        for k, batch in enumerate(window):
+            with nullcontext() if self.cut or k == len(window) - 1 else self.acc.no_sync(self.together), enough_memory(self.c):
+                for name, v in self.part_of_step(k, *batch, boxes, n).items(): terms[name] = terms[name] + v
+        terms = self.judge(dict(terms))
     if self.c.clip: self.acc.clip_grad_norm_(self.trained.parameters(), self.c.clip)
     self.opt.step()
     if self.acc.optimizer_step_was_skipped: self.skipped += 1
@@ -225,12 +229,25 @@ def one_step(self: Learner,
     return terms
 
 @patch
+@contextmanager
+def bad_step_told(self: Learner, window: list):
+    "What a step saw whose numbers are not finite goes into bad_step.json: its images, and the weights that are broken"
+    try: yield
+    except FloatingPointError as e:
+        rows = [t.get("row", -1) for _, ts in window for t in ts]
+        broken = [k for k, v in self.trained.state_dict().items() if not self.cut and not v.isfinite().all()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / ("bad_step.json" if not self.rank else f"bad_step-{self.rank}.json"), dict(step=self.step, epoch=self.epoch, lr=self.opt.param_groups[0]["lr"], precision=str(self.dtype),
+                   weights=broken, images=[self.images.split.files[r] for r in rows if 0 <= r < len(self.images)]))
+        raise FloatingPointError(f"{e}; {self.folder.name}/bad_step.json names the images") from None
+
+@patch
 def judge(self: Learner, terms: dict) -> dict:
     "The terms of all processes in sum; an infinite loss stops the run before the weights are touched"
     if self.ranks > 1: terms = dict(zip(terms, self.acc.reduce(torch.stack([*terms.values()]), "sum")))
     loss = sum(terms.values())
     if self.step == 0 and self.method is not None: self.look_at_ratio(terms)
-    if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}: lower lr={self.c.lr}, or take precision='float32'; the last checkpoint is whole")
+    if not loss.isfinite(): raise FloatingPointError(f"the loss is {loss.item()} at step {self.step} (by {', '.join(k for k, v in terms.items() if not v.isfinite())}): lower lr={self.c.lr}, or take precision='float32'; the last checkpoint is whole")
     if self.skipped > 100 and self.skipped > self.step / 2: raise FloatingPointError(f"{self.skipped} of {self.step} updates were left out because their gradients overflow in half precision: take precision='bfloat16' or 'float32'")
     return terms
 
@@ -262,7 +279,7 @@ def one_epoch(self: Learner, every: float = 15.) -> dict:  # what goes into the 
             print(self.progress(mean, rate), flush=True)
             self.acc.log(dict(mean, loss=sum(mean.values()), lr=self.opt.param_groups[0]["lr"], images_per_s=rate), self.step)
         if over: break
-        if self.c.save_minutes and time.time() - saved > 60 * self.c.save_minutes: self.save(); saved = time.time()
+        if self.c.save_minutes and self.time_to_save(saved): self.save(); saved = time.time()
     self.seconds, self.since, self.sums = self.seconds + time.time() - self.since, 0., {}
     return dict(loss=sum(mean.values()), **mean, lr=self.opt.param_groups[0]["lr"], images_per_s=rate)
 
@@ -291,6 +308,12 @@ def progress(self: Learner, mean: dict, rate: float) -> str:
 def late(self: Learner, since: float) -> bool:
     "Whether the run has used up its `max_minutes`; the first process's clock counts"
     return bool(self.c.max_minutes) and self.agreed(self.seconds + time.time() - since > 60 * self.c.max_minutes)
+
+@patch
+def time_to_save(self: Learner, saved: float) -> bool:
+    "Whether `save_minutes` are over; where weights are in pieces, all save at once"
+    over = time.time() - saved > 60 * self.c.save_minutes
+    return self.agreed(over) if self.cut else over
 
 @patch
 def agreed(self: Learner, x):

@@ -25,6 +25,7 @@ from .epoch import Learner
 from .kd_schedules import Mix, parts_of
 from .losses import detection_losses
 from .strength import adapt, average_weights, detached, gram, length, part_vector, strength
+from .together import whole
 from .toy import cache_dir
 from .weights import weights_mark
 
@@ -39,12 +40,13 @@ def pulls(self: Learner, batches: list) -> dict:  # names, gram, values
     for n, batch in enumerate(batches):
         torch.manual_seed(mix(self.c.seed, 2, n))
         images, targets = self.moved(*batch)
-        out, t = self.forward(images, targets)
-        terms = dict(det=sum(detection_losses(out, targets).values()))
-        heard = only(out, self.columns[1]) if self.columns else out
-        with torch.autocast(self.device.type, enabled=False):
-            for p, m in parts_of(self.method, self.c.method).items(): terms |= {f"{p}:{k}": v for k, v in m(heard, t, targets).items()}
-        total = total + gram(terms, out.signals.memory) / len(batches)
+        with whole(self.trained):
+            out, t = self.forward(images, targets)
+            terms = dict(det=sum(detection_losses(out, targets).values()))
+            heard = only(out, self.columns[1]) if self.columns else out
+            with torch.autocast(self.device.type, enabled=False):
+                for p, m in parts_of(self.method, self.c.method).items(): terms |= {f"{p}:{k}": v for k, v in m(heard, t, targets).items()}
+            total = total + gram(terms, out.signals.memory) / len(batches)
         for k, v in terms.items(): values[k] += v.item() / len(batches)
     for k, v in self.model.named_buffers(): v.copy_(kept[k])
     return dict(step=self.step, names=list(values), gram=total.tolist(), values=dict(values))

@@ -18,25 +18,27 @@ from .check import data_folder
 from .config import FREE, Config
 from .epoch import Learner
 from .other_formats import annotation_files
+from .together import cut_like, gathered
 from .weights import fingerprint
 
 # %% ../nbs/18_keep.ipynb #1232c174
 @patch
 def state(self: Learner) -> dict:
     "Everything that shapes the future of the run"
-    return dict(trained=self.trained.state_dict(), ema=self.ema.model.state_dict(), ema_n=self.ema.n, opt=self.opt.state_dict(), scaler=self.acc.scaler.state_dict() if self.acc.scaler else {},
+    return dict(trained=gathered(self.trained.state_dict()), ema=self.ema.model.state_dict(), ema_n=self.ema.n, opt=gathered(self.opt.state_dict()), scaler=self.acc.scaler.state_dict() if self.acc.scaler else {},
                 epoch=self.epoch, step=self.step, skipped=self.skipped, best=self.best, log=self.log, lam=self.lam, sums=self.sums,
                 seconds=self.seconds + (time.time() - self.since if self.since else 0.))
 
 @patch
 def save(self: Learner):
     "Write the state whole, and keep the one before; the first process does"
+    state = self.state()
     if self.rank: return
     last = self.folder / "last"
     last.mkdir(parents=True, exist_ok=True)
     part, now, old = last / "state.part", last / "state.pt", last / "previous.pt"
     try:
-        with open(part, "wb") as f: torch.save(self.state(), f); f.flush(); os.fsync(f.fileno())
+        with open(part, "wb") as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
     except (OSError, RuntimeError) as e:
         part.unlink(missing_ok=True)
         raise OSError(f"the state of {self.folder.name} could not be written ({str(e).splitlines()[0][:120]}): is the disk full? "
@@ -60,8 +62,11 @@ def restore(self: Learner) -> bool:
 @patch
 def take(self: Learner, s: dict):
     "A state as the present, all of it or an error"
-    self.trained.load_state_dict(s["trained"]); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
-    self.opt.load_state_dict(s["opt"])
+    own = self.trained.state_dict()
+    self.trained.load_state_dict({k: cut_like(v, own[k]) if k in own else v for k, v in s["trained"].items()}); self.ema.model.load_state_dict(s["ema"]); self.ema.n = s["ema_n"]
+    params = [p for g in self.opt.param_groups for p in g["params"]]
+    cut = {k: {n: cut_like(v, params[k]) if v.dim() else v for n, v in kept.items()} for k, kept in s["opt"]["state"].items()}
+    self.opt.load_state_dict(s["opt"] | dict(state=cut))
     if self.acc.scaler: self.acc.scaler.load_state_dict(s["scaler"])
     self.epoch, self.step, self.best, self.seconds, self.log = s["epoch"], s["step"], s["best"], s["seconds"], s["log"]
     self.lam, self.sums, self.skipped = s.get("lam", self.lam), s.get("sums", {}), s.get("skipped", 0)
