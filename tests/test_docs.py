@@ -126,8 +126,25 @@ def test_no_figure_of_a_guide_is_typed():
 def test_an_unknown_fact_is_refused():
     import facts
     with pytest.raises(KeyError, match="there is no such fact"): facts.fill("{{gian cwd}}", "page")
-    with pytest.raises(KeyError, match="no variant 'cdw'"): facts.fill("{{gain cdw}}", "page")
+    with pytest.raises(KeyError, match="does not compare 'cdw' with 'none'"): facts.fill("{{gain cdw}}", "page")
     assert facts.fill("{{gain cwd}}", "page").startswith("+0.")
+
+
+def test_a_guide_that_claims_more_than_the_study_is_refused():
+    import facts
+    said = facts.verdict("cwd")
+    assert facts.fill(f"a\n%! cwd, none: {said}\nb", "page") == "a\nb"
+    with pytest.raises(ValueError, match=f"page.md: the text says that 'cwd' against 'none' is 'wonderful', the result files say '{said}'"): facts.fill("%! cwd, none: wonderful\n", "page")
+
+
+def test_index_shows_the_study_as_it_is():
+    "Its committed outputs are the table that study.json has and the figure that is committed"
+    import base64
+    from rtdetr_kd.results import markdown, study_table
+    shown = [o.get("data", {}) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
+    assert markdown(study_table()) in ["".join(d.get("text/markdown", [])) for d in shown], "nbs/index.ipynb shows another table: run it again"
+    pictures = [base64.b64decode("".join(d["image/png"])) for d in shown if "image/png" in d]
+    assert (ROOT / "figures/comparison.png").read_bytes() in pictures, "nbs/index.ipynb shows another figure: run it again"
 
 
 def test_batches_by_card_follow_from_the_predicted_need():
