@@ -52,10 +52,10 @@ CONTROLS["stage inverse weak"] += ["stage weak"]
 STUDIES = dict(
     toy=dict(settings=dict(data="toy"), untrained="random:toy_teacher", names=list(GRID), seeds=6, threads=1),
     coco30k=dict(settings=dict(data="coco", coco_subset=30000, epochs=36, image_size=512, teacher="official:r50"),
-                 untrained="random:r50", names=list(GRID), seeds=3, threads=0, images=36 * 30000),
+                 untrained="random:r50", weak=.1, names=list(GRID), seeds=3, threads=0, images=36 * 30000),
     final=dict(settings=dict(data="coco", epochs=72, teacher="official:r50"), untrained="random:r50",
                names=["none", "cwd", "query", "query+cwd"], seeds=3, threads=0, images=72 * 117266),  # COCO's training images that have a box
-)  # threads of each run, 0: as torch sees fit; images: how many a run looks at
+)  # threads of each run, 0: as torch sees fit; images: how many a run looks at; weak: rho of the weak rows where .2 is the default
 
 # %% ../nbs/19_grid.ipynb #140bba24
 @dataclass
@@ -154,7 +154,7 @@ def plan(
     for n in chosen:
         for k, v in grid[n].items():
             if str(v).startswith("of ") and v[3:] not in chosen: raise ValueError(f"'{n}' takes its {k} from '{v[3:]}': add that to names")
-    own = lambda n: {k: s["untrained"] if v == "untrained" else v for k, v in grid[n].items()}
+    own = lambda n: {k: s["untrained"] if v == "untrained" else s.get("weak", v) if k == "rho" else v for k, v in grid[n].items()}
     teacher = lambda n: {k: v for k, v in s["settings"].items() if k != "teacher" or grid[n]["method"] != "none"}
     todo = [Run(n, k, {**teacher(n), **more, **own(n), **(dict(seed=k) if k else {})}) for k in range(seeds or s["seeds"]) for n in chosen]
     todo = settle(todo, runs)

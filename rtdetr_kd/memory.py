@@ -24,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backbone import statistics_kept
+from .build import EMA, build_model, frozen_norms, param_groups
 from .config import Config, configure
 from .distill import Teacher
+from .epoch import Learner, method_options
 from .kd_schedules import make_method
-from .learner import EMA, Learner, build_model, frozen_norms, method_options, param_groups
 from .model import RTDETR, SIZES, Spec
 from .weights import read_weights
 

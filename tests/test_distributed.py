@@ -1,20 +1,24 @@
 "Two processes on one machine do what one does: the same images, the same loss, one AP, and nobody waits for ever"
 import json, os, socket, subprocess, sys
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from rtdetr_kd.config import Stop, configure
 from rtdetr_kd.data import loader
 from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model import SIZES
+from rtdetr_kd.together import gathered
 
 CASES = {  # settings of one process, of two; images whose noisy queries would differ have none
     "micro-batches": (dict(accumulate=2), dict(sync_norm=False)),
     "four parts": (dict(accumulate=4), dict(accumulate=2, sync_norm=False)),
     "shared norms, odd parts": (dict(batch=5, size="toy_quiet"), dict(batch=5, size="toy_quiet")),
     "distilled": (dict(accumulate=2, method="cwd"), dict(sync_norm=False, method="cwd")),
+    "in pieces": (dict(batch=8, accumulate=4, method="cwd"), dict(batch=8, accumulate=2, sync_norm=False, method="cwd")),
 }
 
 
@@ -26,16 +30,25 @@ def settings(data, runs, **kw):
 def curve(c, steps: int = 3) -> tuple:
     "Loss terms of the first steps, and the weights after them"
     learner, A, rows = Learner(c), c.accumulate, []
+    if learner.cut: assert all(isinstance(p, DTensor) for p in learner.trained.parameters())
     batches = iter(loader(learner.images, learner.own(learner.batches(0))))
     for _ in range(steps):
         window = [next(batches) for _ in range(A)]
         rows.append({k: float(v) for k, v in learner.one_step(*(x for b in window for x in b)).items()})
-    return rows, {k: v.clone() for k, v in learner.model.named_parameters()}
+    return rows, {k: gathered(v).detach().clone() for k, v in learner.model.named_parameters()}
 
 
 def quiet():
     "A student without noisy queries: their noise belongs to a part of a batch"
     SIZES.setdefault("toy_quiet", SIZES["toy"] | dict(denoising=0))
+
+
+@contextmanager
+def in_pieces():
+    "As accelerate launch --use_fsdp"
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    try: yield
+    finally: del os.environ["ACCELERATE_USE_FSDP"]
 
 
 def no_box_here(data, runs) -> dict:
@@ -60,7 +73,9 @@ def one_ap(data, runs) -> dict:
 def two(data, runs, out):
     "What each of the two processes runs"
     quiet(); torch.set_num_threads(1)
-    said = {k: curve(settings(data, runs, **two)) for k, (_, two) in CASES.items()}
+    said = {}
+    for k, (_, two) in CASES.items():
+        with in_pieces() if k == "in pieces" else nullcontext(): said[k] = curve(settings(data, runs, **two))
     more = dict(no_box=no_box_here(data, runs), ap=one_ap(data, runs))
     if os.environ["RANK"] == "0": torch.save(dict(curves=said, **more), out)
     alone(data, runs)
@@ -76,6 +91,7 @@ def alone(data, runs):
     def dying(self, *a):
         if self.step == 6 and self.rank: os.kill(os.getpid(), 9)
         return step(self, *a)
+    with in_pieces(): train(settings(data, runs, name="pieces", save_minutes=1e-9, method="query+cwd", lam="auto", pilot=3))
     Learner.one_step = dying
     try: train(settings(data, runs, name="cut", save_minutes=1e-9))
     except Stop as e: print(f"stopped: {e}", flush=True)
@@ -168,3 +184,20 @@ def test_a_process_that_dies(both):
     a, b = read("cut"), read("whole")
     assert (a["step"], a["ema_n"], a["best"]) == (b["step"], b["ema_n"], b["best"]) == (8, 8, b["best"])
     for part in ("trained", "ema"): assert all(torch.equal(v, b[part][k]) for k, v in a[part].items()), part
+
+
+def test_a_run_in_pieces_goes_on_in_one(both):
+    "The state of a run whose weights were cut (FSDP) is whole: another number of processes takes it"
+    data, d, _, (first, _) = both
+    assert "cut over 2 processes" in first and json.loads((d / "pieces/metrics.json").read_text())["steps"] == 8
+    one = Learner(settings(data, d, name="pieces", method="query+cwd", lam="auto", pilot=3))
+    assert one.restore() and one.step == 8 and not one.cut
+    state = torch.load(d / "pieces/last/state.pt", weights_only=True)
+    assert all(torch.equal(v, state["trained"][k]) for k, v in one.trained.state_dict().items())
+    moments = [v for kept in one.opt.state_dict()["state"].values() for v in kept.values() if v.dim()]
+    assert moments and all(p.shape == k["exp_avg"].shape for p, k in zip((p for g in one.opt.param_groups for p in g["params"]), one.opt.state_dict()["state"].values()))
+
+
+def test_pieces_of_one_process_are_refused(monkeypatch, tiny_odd, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="this is the only one"): train(settings(tiny_odd, tmp_path))

@@ -93,6 +93,21 @@ def test_pictures_are_of_a_sane_size(site):
     assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 60e6
 
 
+@pytest.mark.slow
+def test_no_page_is_wider_than_its_window(site, tmp_path):
+    "On a phone, on a desk, and between the two; skipped without Chromium"
+    from test_page import CHROMIUM, Browser
+    if not CHROMIUM: pytest.skip("no Chromium here")
+    b = Browser(tmp_path / "home")
+    try:
+        for width in (390, 1100, 1330, 1400, 1900):
+            b("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+            for name in ("index", "guides/which_method", "guides/troubleshooting", "15_queries", "25_latency", "api/learner", "search"):
+                b("Page.navigate", url=f"file://{site}/{name}.html"); b.until(f"document.readyState == 'complete' && location.href.includes('{name}.html')")
+                assert b.js("document.documentElement.scrollWidth") <= width, (name, width)
+    finally: b.close()
+
+
 def test_a_broken_link_stops_the_build(tmp_path):
     "The flag that makes it so is the build's own: here on one page"
     pytest.importorskip("myst_nb")

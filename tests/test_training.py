@@ -1,5 +1,5 @@
 "Same seed, same run; interrupted and resumed, the same run; and what must stop"
-import json
+import copy, json
 from dataclasses import replace
 
 import pytest
@@ -347,3 +347,29 @@ def test_one_model_any_size():
         for h, w, n in ((32, 32, 21), (64, 64, 84), (96, 160, 100)):
             out = m(torch.rand(1, 3, h, w))
             assert [v.shape[1] for v in top_detections(out.logits, out.boxes, 300)] == [n] * 3
+
+
+def test_a_line_from_time_to_time(tiny, tmp_path, capsys):
+    "G06: where no terminal is, too, and also while it evaluates"
+    from rtdetr_kd.evaluate import predict
+    learner = Learner(config(tiny, tmp_path))
+    capsys.readouterr()
+    learner.one_epoch(every=-1)
+    assert len([l for l in capsys.readouterr().out.splitlines() if l.startswith("epoch 1/3 step")]) == learner.steps
+    predict(learner.model, learner.splits["val"], batch=4, every=-1)
+    assert capsys.readouterr().out.splitlines() == ["  val: 4 of 8 images looked at", "  val: 8 of 8 images looked at"]
+
+
+def test_the_gradient_of_one_image_is_right(tiny, tmp_path):
+    "In torch 2.14 on a CPU a batch norm's gradient is wrong for one image in some layouts; ours is not among them"
+    l = Learner(config(tiny, tmp_path))
+    images, targets = l.moved(*l.fixed_batches(1)[0])
+    def gradient(model, x):
+        model.train().zero_grad(); torch.manual_seed(0)
+        maps = model.encoder(model.backbone(x))
+        cells = torch.cat([proj(m).flatten(2).transpose(1, 2) for proj, m in zip(model.decoder.input_proj, maps)], 1)  # (1,cells,d), as the decoder does
+        (cells * torch.linspace(-1, 1, cells.numel(), dtype=cells.dtype).view_as(cells)).sum().backward()
+        return torch.cat([p.grad.flatten().double() for p in model.backbone.parameters()])
+    ours = gradient(l.model, images[:1])
+    exact = gradient(copy.deepcopy(l.model).double(), images[:1].double().contiguous())
+    assert (ours - exact).norm() < 1e-2 * exact.norm()
