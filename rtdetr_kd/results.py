@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KD', 'METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'reproduce', 'pm', 'variant', 'same_budget',
            'paired', 'verdict', 'untrained', 'over_control', 'interval', 'method_table', 'markdown', 'fill',
-           'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'memory_block', 'latency_block',
-           'update_readme', 'draw_readme']
+           'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'memory_block', 'speed_block',
+           'latency_block', 'update_readme', 'draw_readme']
 
 # %% ../nbs/20_results.ipynb #ce22f7f1
 import argparse, json, re, shutil
@@ -261,6 +261,17 @@ def memory_block(
             f"and with batch {most['all']} where activations are computed again (predicted without a card; the predictor agrees with measured peaks on a CPU).")
 
 # %% ../nbs/20_results.ipynb #099b1948
+def speed_block(runs: pd.DataFrame) -> str:
+    "The README's sentence on the speed of a step, from the files that bench/train_step.py leaves"
+    def said(case):
+        r = json.loads((root() / f"bench/train_step_{case}.json").read_text())
+        return r, r["ratios"]
+    (c, r), (_, toy) = said("canonical"), said("toy")
+    k = c["case"]
+    return (f"A step of {k['size'].upper()} ← {k['teacher'].upper()} ({k['side']} px, batch {k['batch']}, {c['threads']} CPU threads) takes less processor time than the same step put together from transformers' models: "
+            f"{r['live_is_faster_by']:.2f}× with a live float32 teacher, {r['live_bf16_is_faster_by']:.2f}× with `teacher_precision bfloat16`, {r['cached_is_faster_by']:.2f}× with `cache disk`, which then costs {r['cached_costs_of_plain']:.2f} of a step without a teacher. "
+            f"On the toy pair: {toy['live_is_faster_by']:.2f}×, {toy['live_bf16_is_faster_by']:.2f}×, {toy['cached_is_faster_by']:.2f}×, and {toy['cached_costs_of_plain']:.2f} (`bench/train_step.py`, both in turns in one run).")
+
 def latency_block(
     runs: pd.DataFrame,  # not used: what is said comes from latency/*.json
 ) -> str:
@@ -273,7 +284,7 @@ def latency_block(
     return markdown(pd.DataFrame(lines)) + f"\n\nMilliseconds of one image, median, on {m['cpu']}."
 
 # %% ../nbs/20_results.ipynb #851383ce
-BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, latency=latency_block)
+BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, speed=speed_block, latency=latency_block)
 
 def update_readme(
     check: bool = False,  # only compare
