@@ -47,7 +47,7 @@ def linked(prose: str, find) -> str:
     text = re.sub(rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M)  # on a phone commands are wrapped, drawings are not
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
     text = re.sub(r"(!\[[^\]]*\]\()\.\./(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
-    return re.sub(r"\]\((\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
+    return re.sub(r"\]\((\.\./(?!\w+\.ipynb\))[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
 
 
 def imported(nb) -> dict:

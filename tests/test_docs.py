@@ -68,6 +68,10 @@ def test_every_notebook_is_a_page_with_its_outputs(site, name):
     assert f'href="{name}.html"' in (site / "index.html").read_text(encoding="utf-8") or name == "index"
 
 
+def test_a_guide_leads_to_chapters_of_the_site(pages):
+    assert not [(p.name, l) for p, page in pages.items() if p.parent.name == "guides" for l in page.leads if re.search(r"/blob/\w+/\w+\.ipynb", l)]
+
+
 def test_api_entries_have_shapes_and_units(site):
     page = re.sub(r"<[^>]+>", "", (site / "api/boxes.html").read_text(encoding="utf-8"))
     assert "cxcywh" in page and re.search(r"\(\.\.\.,4\)|\(n,4\)", page) and "shape, unit, meaning" in page
