@@ -35,21 +35,30 @@ def split_files(
 # %% ../nbs/02_annotations_other.ipynb #aec67148
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif", ".jp2"}
 
-def text_of(path: Path) -> str:
+def text_of(
+    path: Path,  # of a text file
+) -> str:
     "A small text file; `ValueError` if it is none"
     data = path.read_bytes()
     try: return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError: raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8, or correct what leads to it") from None
 
-# %% ../nbs/02_annotations_other.ipynb #574bd219
-def read_yaml(folder: Path) -> tuple | None:  # file, content
+# %% ../nbs/02_annotations_other.ipynb #f0495021
+def read_yaml(
+    folder: Path,  # of the data set
+) -> tuple | None:  # file, content
     "The YOLO description of a folder, if it has one"
     for p in sorted(folder.glob("*.y*ml"), key=lambda p: (p.stem != "data", p)):  # data.yaml before any other
         try: d = yaml.load(text_of(p), yaml.BaseLoader)  # texts only: a class named `no` is no truth value
         except yaml.YAMLError as e: raise ValueError(f"{p} is not readable YAML ({str(e).splitlines()[0]}): correct it, or move it elsewhere") from None
         if isinstance(d, dict) and "names" in d and "train" in d: return p, d
 
-def places(folder: Path, d: dict, split: str) -> list:
+# %% ../nbs/02_annotations_other.ipynb #574bd219
+def places(
+    folder: Path,  # of the data set
+    d: dict,  # the content of its `data.yaml`
+    split: str,  # train, select or val
+) -> list:  # paths of images
     "Image files of a split, as `data.yaml` says; ValueError for a place that does not exist"
     given, out = d.get(split, d.get("valid") if split == "val" else None), []
     none = ("", "null", "~", None)
@@ -63,15 +72,22 @@ def places(folder: Path, d: dict, split: str) -> list:
         else: out += [at.parent / line.strip() for line in text_of(at).splitlines() if line.strip()]
     return out
 
-def label_file(image: Path) -> Path:
+# %% ../nbs/02_annotations_other.ipynb #279d04be
+def label_file(
+    image: Path,  # of an image
+) -> Path:  # of its text file, which need not exist
     "Where the boxes of a YOLO image are: the last folder `images` becomes `labels`"
     parts = list(image.parts)
     last = max((k for k, p in enumerate(parts[:-1]) if p == "images"), default=None)
     if last is not None: parts[last] = "labels"
     return Path(*parts).with_suffix(".txt")
 
-# %% ../nbs/02_annotations_other.ipynb #86993c3f
-def class_names(d: dict, where: Path, problems: list) -> list:  # (number, name) of each class
+# %% ../nbs/02_annotations_other.ipynb #22396ef5
+def class_names(
+    d: dict,  # the content of `data.yaml`
+    where: Path,  # its path, for messages
+    problems: list,  # added to in place
+) -> list:  # (number, name) of each class
     "The classes that `data.yaml` names; ValueError"
     names = d["names"] if isinstance(d["names"], dict) else dict(enumerate(d["names"])) if isinstance(d["names"], list) else {}
     if not names or not all(str(i).isdecimal() and isinstance(n, str) for i, n in names.items()):
@@ -79,7 +95,13 @@ def class_names(d: dict, where: Path, problems: list) -> list:  # (number, name)
     if str(d.get("nc", len(names))) != str(len(names)): note(problems, f"nc is {d['nc']}, and names has {len(names)}: names is taken", "look", [where.name])
     return sorted((int(i), n) for i, n in names.items())
 
-def yolo_line(line: str, w: int, h: int, pose: bool = False) -> tuple:  # class number (-1: none), box xywh in pixels (nan: none)
+# %% ../nbs/02_annotations_other.ipynb #f188e4aa
+def yolo_line(
+    line: str,  # of a label file
+    w: int,  # of the image, pixels
+    h: int,  # of the image, pixels
+    pose: bool = False,  # key points follow the box
+) -> tuple:  # class number (-1: none), box xywh in pixels (nan: none)
     "A line of a YOLO label file; with `pose`, key points follow the box"
     v = [number(x) for x in line.split()]
     if len(v) in (5, 6) or pose and len(v) > 6: cx, cy, bw, bh = v[1:5]  # six: a prediction with its score
@@ -90,7 +112,13 @@ def yolo_line(line: str, w: int, h: int, pose: bool = False) -> tuple:  # class 
     c = int(v[0]) if v and v[0] == v[0] and v[0] == int(v[0]) else -1
     return c, [(cx - bw / 2) * w, (cy - bh / 2) * h, bw * w, bh * h]
 
-def yolo_table(folder: Path, d: dict, split: str, problems: list) -> Table | None:
+# %% ../nbs/02_annotations_other.ipynb #92a12d7b
+def yolo_table(
+    folder: Path,  # of the data set
+    d: dict,  # the content of its `data.yaml`
+    split: str,  # train, select or val
+    problems: list,  # added to in place
+) -> Table | None:  # None where the yaml does not name the split
     "A YOLO split as a table; image ids are 1, 2, 3, … in the order of the files"
     found = places(folder, d, split)
     if not found: return None
@@ -110,16 +138,22 @@ def yolo_table(folder: Path, d: dict, split: str, problems: list) -> Table | Non
     m = len(t)
     return Table(images, cats, t[:, 0].astype(int), t[:, 1].astype(int), t[:, 2:], np.zeros(m, bool), t[:, 4] * t[:, 5], ids)
 
-# %% ../nbs/02_annotations_other.ipynb #ba90c0a1
-def voc_files(folder: Path, split: str) -> list | None:
+# %% ../nbs/02_annotations_other.ipynb #29c57550
+def voc_files(
+    folder: Path,  # of the data set
+    split: str,  # train, select or val
+) -> list | None:  # paths; None where there is no such split
     "XML files of a split: by the list in ImageSets/Main, or in a folder of its name"
     listed = folder / "ImageSets" / "Main" / f"{split}.txt"
     if listed.is_file(): return [folder / "Annotations" / f"{x.split()[0]}.xml" for x in text_of(listed).splitlines() if x.strip()]
     for d in (split, "valid") if split == "val" else (split,):
         if any((folder / d).glob("*.xml")): return sorted((folder / d).glob("*.xml"))
 
-def read_xml(path: Path) -> tuple:  # file name, width, height, objects (name, difficult, corners)
-    "A VOC annotation"
+# %% ../nbs/02_annotations_other.ipynb #43341f8f
+def read_xml(
+    path: Path,  # of an annotation
+) -> tuple:  # file name, width, height, objects (name, difficult, corners)
+    "A VOC annotation. `ValueError` if it is none"
     try: root = ET.parse(path).getroot()
     except FileNotFoundError: raise ValueError(f"{path}: there is no such annotation, and the list of the split names it: correct the list, or add the file") from None
     except (ET.ParseError, OSError, ValueError, LookupError) as e: raise ValueError(f"{path} is not a readable XML annotation ({e}): export it again") from None
@@ -128,14 +162,24 @@ def read_xml(path: Path) -> tuple:  # file name, width, height, objects (name, d
     objects = [((o.findtext("name") or "").strip(), number(o.findtext("difficult"), 0) > 0, corners(o)) for o in root.iter("object")]
     return root.findtext("filename") or "", number(root.findtext("size/width"), 0), number(root.findtext("size/height"), 0), objects
 
-def picture_of(xml: Path, written: str, folder: Path) -> Path:
+# %% ../nbs/02_annotations_other.ipynb #9f8d16bb
+def picture_of(
+    xml: Path,  # the annotation
+    written: str,  # the file name that it holds
+    folder: Path,  # of the data set
+) -> Path:  # of the image, which need not exist
     "The image of an annotation: of its stem, else of the name that it holds"
     dirs = [folder / "JPEGImages", folder / "images", xml.parent]
     tried = [d / f"{xml.stem}{s}" for d in dirs for s in (*sorted(PICTURES), *(x.upper() for x in sorted(PICTURES)))]
     tried = [*(d / written for d in dirs if written and Path(written).stem == xml.stem), *tried, *(d / written for d in dirs if written)]
     return next((p for p in tried if p.is_file()), dirs[0] / (written or xml.stem))
 
-def voc_table(folder: Path, found: list, problems: list) -> Table:
+# %% ../nbs/02_annotations_other.ipynb #ba90c0a1
+def voc_table(
+    folder: Path,  # of the data set
+    found: list,  # XML files of the split
+    problems: list,  # added to in place
+) -> Table:
     "A VOC split as a table; image ids are 1, 2, 3, … in the order of the files"
     everything = {p: read_xml(p) for p in {*found, *(folder / "Annotations").glob("*.xml"), *(p for d in ("train", "val", "valid", "select") for p in (folder / d).glob("*.xml"))}}
     cats = list(enumerate(sorted({n for *_, objects in everything.values() for n, *_ in objects if n}), 1))
@@ -155,13 +199,17 @@ def voc_table(folder: Path, found: list, problems: list) -> Table:
     if one == 0: note(problems, "corners counted from 0: taken so", "look", [p.name for p in found[:1]])
     return Table(images, cats, t[:, 0].astype(int), t[:, 1].astype(int), t[:, 2:6], hard, np.where(t[:, 4:6].min(1, initial=np.inf) > 0, t[:, 4] * t[:, 5], np.nan), ids)
 
-# %% ../nbs/02_annotations_other.ipynb #729183e5
-def annotation_files(folder: Path, split: str) -> list:
+# %% ../nbs/02_annotations_other.ipynb #44c609dd
+def annotation_files(
+    folder: Path,  # of the data set
+    split: str,  # train, select or val
+) -> list:  # paths
     "The files that say what is in the images of a split"
     if f := split_files(folder, split): return [f[0]]
     if y := read_yaml(folder): return [y[0], *(p for i in places(folder, y[1], split) if (p := label_file(i)).is_file())]
     return voc_files(folder, split) or []
 
+# %% ../nbs/02_annotations_other.ipynb #729183e5
 def read_split(
     folder: Path,  # of the data set
     split: str,  # train, select or val
