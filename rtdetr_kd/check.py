@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['disk', 'loose', 'find_files', 'mark_of', 'remembered', 'look_at_all', 'allowed', 'fits', 'ratio', 'judge_images',
-           'align', 'shared_images', 'unlisted', 'prepare', 'rescale', 'Report', 'count', 'show', 'data_folder',
+           'align', 'shared_images', 'unlisted', 'rescale', 'prepare', 'count', 'Report', 'show', 'data_folder',
            'write_copy', 'check']
 
 # %% ../nbs/02_check.ipynb #a6e540a7
@@ -26,7 +26,9 @@ from .other_formats import LAYOUT, PICTURES, read_split
 from .toy import cache_dir, toy_folder
 
 # %% ../nbs/02_check.ipynb #90c378ca
-def disk(folder: Path) -> dict:
+def disk(
+    folder: Path,  # of images
+) -> dict:
     "Every file below a folder: path from there -> (bytes, time of change)"
     out, seen = {}, set()
     for at, dirs, files in os.walk(folder, followlinks=True):
@@ -41,11 +43,18 @@ def disk(folder: Path) -> dict:
                 if facts: out[e.name if rel == "." else f"{rel}/{e.name}"] = facts
     return out
 
-def loose(path: str) -> str:
+# %% ../nbs/02_check.ipynb #feeee5c5
+def loose(
+    path: str,  # as a file or an annotation has it
+) -> str:  # to compare
     "A path without what differs between machines: slashes, case, unicode form"
     return unicodedata.normalize("NFC", path.replace("\\", "/")).casefold().removeprefix("./")
 
-def find_files(s: Split, files: dict):
+# %% ../nbs/02_check.ipynb #50685de0
+def find_files(
+    s: Split,  # its `files` and `problems` are changed in place
+    files: dict,  # from `disk`
+):
     "Correct file names that only nearly exist, in place"
     gone = [k for k, f in enumerate(s.files) if f not in files and not os.path.isfile(s.folder / f)]
     if not gone: return
@@ -61,7 +70,11 @@ def find_files(s: Split, files: dict):
             s.files[k] = fits[0]
 
 # %% ../nbs/02_check.ipynb #59ee4de2
-def mark_of(folder: Path, files: list, known: dict) -> str:
+def mark_of(
+    folder: Path,  # of images
+    files: list,  # paths from there
+    known: dict,  # from `disk`
+) -> str:  # 24 hex digits
     "A fingerprint of image files: names, sizes, times of change"
     h = hashlib.blake2b(b"look 1", digest_size=12)
     for f in files:
@@ -69,14 +82,23 @@ def mark_of(folder: Path, files: list, known: dict) -> str:
         h.update(f"{f}|{known.get(f)}\n".encode("utf-8", "surrogatepass"))
     return h.hexdigest()
 
-def remembered(kept: Path, n: int) -> list | None:
+# %% ../nbs/02_check.ipynb #ee2c076b
+def remembered(
+    kept: Path,  # a file of the cache
+    n: int,  # images
+) -> list | None:  # n answers of `look`
     "What was kept about `n` files; None if the file was cut off or is another's"
     try: found = json.loads(kept.read_text())
     except (OSError, ValueError): return None
     return found if isinstance(found, list) and len(found) == n and all(isinstance(x, list) and len(x) == 6 for x in found) else None
 
 # %% ../nbs/02_check.ipynb #7c32642c
-def look_at_all(folder: Path, files: list, known: dict, progress: bool = True) -> list:
+def look_at_all(
+    folder: Path,  # of images
+    files: list,  # paths from there
+    known: dict,  # from `disk`
+    progress: bool = True,  # a bar
+) -> list:  # an answer of `look` for each file
     "`look` for every file, from the cache where nothing has changed"
     kept = cache_dir() / "checks" / f"{mark_of(folder, files, known)}.json"
     if kept.is_file() and (found := remembered(kept, len(files))) is not None: return found
@@ -91,22 +113,40 @@ def look_at_all(folder: Path, files: list, known: dict, progress: bool = True) -
     except OSError as e: print(f"the result of looking at {folder.name} could not be kept ({e}): the next run looks again", flush=True)
     return [list(x) for x in out]
 
-# %% ../nbs/02_check.ipynb #076f2215
-def allowed(n: int) -> int:
+# %% ../nbs/02_check.ipynb #a11da61e
+def allowed(
+    n: int,  # images
+) -> int:
     "How many unreadable images of `n` are an accident"
     return max(3, n // 100)
 
-def fits(size, h: int, w: int, turned: bool, exif: str) -> bool:
+# %% ../nbs/02_check.ipynb #73e392d4
+def fits(
+    size: tuple,  # annotated (h,w), pixels
+    h: int,  # of the file as stored, pixels
+    w: int,
+    turned: bool,  # its EXIF note swaps width and height
+    exif: str,  # apply, ignore or auto
+) -> bool:
     "Whether an annotated size (h,w) is that of the file"
     seen, stored = (w, h) if turned else (h, w), (h, w)
     return tuple(size) in dict(apply=[seen], ignore=[stored], auto=[seen, stored])[exif]
 
-def ratio(s: Split, looks: list, wrong: list) -> str:
+# %% ../nbs/02_check.ipynb #6e6d330a
+def ratio(
+    s: Split,  # n images
+    looks: list,  # n answers of `look`
+    wrong: list,  # numbers of the images of another size
+) -> str:  # for the message; empty: they are not
     "If all images of the wrong size are the same times too large, that"
     rs = {round(looks[k][i] / s.sizes[k][i], 2) for k in wrong for i in (0, 1)}
     return f"; all are {rs.pop():g} times as large, so they were resized after labelling: scale the boxes, as check(…, fix=…) does" if len(rs) == 1 else ""
 
-def judge_images(s: Split, looks: list) -> tuple:  # numbers of the images that cannot be used: unreadable, of another size
+# %% ../nbs/02_check.ipynb #076f2215
+def judge_images(
+    s: Split,  # n images; its problems are added to in place
+    looks: list,  # n answers of `look`
+) -> tuple:  # numbers of the images that cannot be used: unreadable, of another size
     "What is wrong with the image files of a split; into its problems"
     bad = [k for k, x in enumerate(looks) if x[4]]
     wrong = [k for k, (h, w, turned, _, err, _) in enumerate(looks) if not err and not fits(s.sizes[k], h, w, turned >= 5, s.exif)]
@@ -121,7 +161,10 @@ def judge_images(s: Split, looks: list) -> tuple:  # numbers of the images that 
     return bad, wrong
 
 # %% ../nbs/02_check.ipynb #7d7feaed
-def align(s: Split, train: Split) -> Split:
+def align(
+    s: Split,  # select or val
+    train: Split,  # whose class numbers count
+) -> Split:
     "A split with the class numbers of `train`"
     if s.names == train.names: return s
     used = {s.names[c] for c in np.unique(s.labels)}
@@ -136,8 +179,11 @@ def align(s: Split, train: Split) -> Split:
     to = np.array([train.names.index(n) if n in train.names else -1 for n in s.names])
     return replace(s, labels=to[s.labels], names=train.names, category_ids=ids)
 
-# %% ../nbs/02_check.ipynb #a834c447
-def shared_images(splits: dict, looks: dict):
+# %% ../nbs/02_check.ipynb #75d127bf
+def shared_images(
+    splits: dict,  # name -> Split; problems are added to in place
+    looks: dict,  # name -> answers of `look`
+):
     "Say which images are in two splits"
     for a, b in (("train", "select"), ("train", "val"), ("select", "val")):
         if a not in looks or b not in looks: continue
@@ -145,7 +191,11 @@ def shared_images(splits: dict, looks: dict):
         note(splits[b].problems, f"image that is also in {a}: the result is flattered", "look",
              [f"{f} is {own[x[5]]}" for f, x in zip(splits[b].files, looks[b]) if x[5] in own])
 
-def unlisted(splits: dict, files: dict):
+# %% ../nbs/02_check.ipynb #318d646a
+def unlisted(
+    splits: dict,  # name -> Split; problems are added to in place
+    files: dict,  # name -> `disk` of its folder
+):
     "Say which pictures beside the listed ones no annotation file lists"
     listed = {os.path.normpath(s.folder / f) for s in splits.values() for f in s.files}
     for k, s in splits.items():
@@ -154,8 +204,29 @@ def unlisted(splits: dict, files: dict):
                 and os.path.normpath(s.folder / f) not in listed]
         note(s.problems, "file in the folder that is not listed: it is not used, and is no negative", "look", sorted(more))
 
-def prepare(splits: dict, exif: str = "auto", progress: bool = True, fixing: bool = False) -> dict:
-    "Splits with their image files looked at; what was found is in their problems, unusable images are left out"
+# %% ../nbs/02_check.ipynb #efea9cc1
+def rescale(
+    s: Split,  # n images; changed in place
+    looks: list,  # n answers of `look`
+    wrong: list,  # numbers of the images of another size
+) -> list:  # the images that this cannot repair
+    "Scale the boxes of images that have kept their shape but not their annotated size, in place"
+    left = []
+    for k in wrong:
+        h, w = looks[k][:2][::-1] if looks[k][2] >= 5 else looks[k][:2]
+        r = np.array([w / s.sizes[k][1], h / s.sizes[k][0]])
+        if abs(math.log(r[0] / r[1])) > .02: left.append(k); continue
+        s.boxes[s.of(k)] *= np.tile(r, 2).astype(np.float32); s.area[s.of(k)] *= r.prod(); s.sizes[k] = h, w
+    return left
+
+# %% ../nbs/02_check.ipynb #50168b05
+def prepare(
+    splits: dict,  # name -> Split
+    exif: str = "auto",  # apply: boxes are on photographs as seen; ignore: as stored; auto: by the annotated size
+    progress: bool = True,  # a bar
+    fixing: bool = False,  # scale the boxes of resized images instead of leaving these out
+) -> dict:  # name -> Split
+    "Splits with their image files looked at; what was found is in their problems, unusable images are left out. `ValueError`"
     if exif not in ("auto", "apply", "ignore"): raise ValueError(f"exif={exif!r}: must be auto, apply or ignore")
     splits = {k: align(s, splits.get("train", s)) for k, s in splits.items()}
     files, looks, out = {k: disk(s.folder) for k, s in splits.items()}, {}, {}
@@ -170,15 +241,14 @@ def prepare(splits: dict, exif: str = "auto", progress: bool = True, fixing: boo
         out[k] = part(s, np.array(sorted(set(range(len(s))) - gone), int)) if gone else s
     return out
 
-def rescale(s: Split, looks: list, wrong: list) -> list:  # the images that this cannot repair
-    "Scale the boxes of images that have kept their shape but not their annotated size, in place"
-    left = []
-    for k in wrong:
-        h, w = looks[k][:2][::-1] if looks[k][2] >= 5 else looks[k][:2]
-        r = np.array([w / s.sizes[k][1], h / s.sizes[k][0]])
-        if abs(math.log(r[0] / r[1])) > .02: left.append(k); continue
-        s.boxes[s.of(k)] *= np.tile(r, 2).astype(np.float32); s.area[s.of(k)] *= r.prod(); s.sizes[k] = h, w
-    return left
+# %% ../nbs/02_check.ipynb #836dcb39
+def count(
+    s: Split,
+) -> dict:  # a row of the report
+    "The numbers of a split"
+    n, side = np.diff(s.start), np.sqrt((s.boxes[:, 2:] - s.boxes[:, :2]).prod(1)) if len(s.boxes) else np.zeros(0)
+    return dict(images=len(s), negatives=int((n == 0).sum()), boxes=len(s.boxes), crowds=int(s.crowd.sum()), classes=f"{len(np.unique(s.labels))} of {len(s.names)}",
+                most=int(n.max(initial=0)), small=int((side < 32).sum()), medium=int(((side >= 32) & (side < 96)).sum()), large=int((side >= 96).sum()))
 
 # %% ../nbs/02_check.ipynb #74011e5a
 @dataclass
@@ -219,46 +289,53 @@ class Report:
         return f"<b>{self.folder.name}: {'ready to train' if self.ok else 'to be repaired before training'}</b>" + "".join(
             t.to_html(index=i, max_rows=30) for t, i in ((self.counts(), True), (self.faults(), False), (self.classes(), True)) if len(t))
 
-def count(s: Split) -> dict:
-    "The numbers of a split"
-    n, side = np.diff(s.start), np.sqrt((s.boxes[:, 2:] - s.boxes[:, :2]).prod(1)) if len(s.boxes) else np.zeros(0)
-    return dict(images=len(s), negatives=int((n == 0).sum()), boxes=len(s.boxes), crowds=int(s.crowd.sum()), classes=f"{len(np.unique(s.labels))} of {len(s.names)}",
-                most=int(n.max(initial=0)), small=int((side < 32).sum()), medium=int(((side >= 32) & (side < 96)).sum()), large=int((side >= 96).sum()))
-
 # %% ../nbs/02_check.ipynb #82aead34
-def show(self, split: str = "train", n: int = 4):
+def show(
+    self,  # a `Report`
+    split: str = "train",  # of its splits
+    n: int = 4,  # images
+):
     "Boxes by class and by size, and some images with their boxes"
     s = self.splits[split]
     fig, axs = plt.subplots(1, 2 + n, figsize=(4 + 2 * n, 2.6))
     c = self.classes()[split].sort_values().tail(15)
-    axs[0].barh([str(x)[:14] for x in c.index], c, color=".5"); axs[0].tick_params(labelsize=7); axs[0].set_title("boxes by class", fontsize=8)
+    axs[0].barh([str(x)[:14] for x in c.index], c, color=".5"); axs[0].tick_params(labelsize=7)
+    axs[0].set_title("classes", fontsize=8); axs[0].set_xlabel("boxes", fontsize=7)
     side = np.sqrt((s.boxes[:, 2:] - s.boxes[:, :2]).prod(1))
     axs[1].hist(side, np.geomspace(max(side.min(initial=1), .5), max(side.max(initial=2), 1) + 1, 30), color=".5"); axs[1].set_xscale("log")
     for x in (32, 96): axs[1].axvline(x, color="k", ls=":", lw=1)
-    axs[1].tick_params(labelsize=7); axs[1].set_title("√area in pixels; dotted: 32, 96", fontsize=8)
+    axs[1].tick_params(labelsize=7); axs[1].set_ylabel("boxes", fontsize=7); axs[1].set_xlabel("√area, pixels", fontsize=7)
+    axs[1].set_title("sizes (dotted: 32, 96)", fontsize=8)
     for ax in axs[2:]: ax.axis("off")
     for ax, k in zip(axs[2:], np.linspace(0, len(s) - 1, min(n, len(s))).astype(int)):
-        draw(open_image(s.folder / s.files[k]), s.boxes[s.of(k)], [s.names[j] for j in s.labels[s.of(k)]], ax=ax)
+        draw(open_image(s.folder / s.files[k]), s.boxes[s.of(k)], [s.names[j] for j in s.labels[s.of(k)]], ax=ax, title=s.files[k][-28:])
     fig.tight_layout()
 
 Report.show = show
 
-# %% ../nbs/02_check.ipynb #a739069a
-def data_folder(data: str) -> Path:
+# %% ../nbs/02_check.ipynb #3e1246b0
+def data_folder(
+    data: str,  # toy, coco, a folder, or the yaml in it
+) -> Path:
     "The folder that `toy`, `coco` or a path stands for"
     if data == "toy": return toy_folder()
     if data == "coco": return Path(os.environ.get("RTDETR_KD_COCO") or cache_dir() / "coco")
     p = Path(data).expanduser()
     return p.parent if p.suffix in (".yaml", ".yml") else p
 
-def write_copy(splits: dict, to: Path):
-    "Annotations of splits in a new folder, in COCO's format; file names lead to the images where they are"
+# %% ../nbs/02_check.ipynb #eb3be6a9
+def write_copy(
+    splits: dict,  # name -> Split
+    to: Path,  # a new or an empty folder
+):
+    "Annotations of splits in a new folder, in COCO's format; file names lead to the images where they are. `ValueError`"
     if to.exists() and any(to.iterdir()): raise ValueError(f"fix={str(to)!r}: that folder is not empty, and nothing of yours is overwritten; give a new one")
     (to / "annotations").mkdir(parents=True, exist_ok=True)
     for k, s in splits.items():
         files = [os.path.relpath(s.folder / f, to).replace(os.sep, "/") for f in s.files]
         (to / f"annotations/instances_{k}.json").write_text(json.dumps(ground_truth(replace(s, files=files))))
 
+# %% ../nbs/02_check.ipynb #a739069a
 def check(
     folder,  # a data set in COCO's, YOLO's or Pascal VOC's format; also toy or coco
     strict: bool = False,  # `ValueError` for anything that is not as it should be
