@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from .arrays import Split, ground_truth, id_array, pack, pack_split, part
+from .arrays import Split, ground_truth, id_array, pack, pack_split, part  # all can be imported from here too
 from .images import open_header, orientation
 from .repairs import Problem, Table, clean, doubts, judge, note, refuse, repeats
 
@@ -47,7 +47,8 @@ def index(
     for x in entries:
         k = at.get(plain(x["id"]))
         if k is None: at[plain(x["id"])] = len(kept); kept.append(x)
-        elif str(kept[k][same]).strip() == str(x[same]).strip(): note(problems, f"{where} listed twice: counted once", "repaired", [f"id {x['id']}"])
+        elif str(kept[k][same]).strip() == str(x[same]).strip(): note(problems, f"{where} listed twice: counted once",
+                                                                      "repaired", [f"id {x['id']}"])
         else:
             kept[k]["unsure"] = True
             note(problems, f"id of {where} that stands for two entries: boxes cannot be assigned; give each its own id", "stop",
@@ -85,7 +86,8 @@ def loosely(
     a = a if isinstance(a, dict) else {}
     box = a.get("bbox")
     v = [number(x) for x in box] if isinstance(box, (list, tuple)) and len(box) == 4 else [math.nan] * 4
-    odd = any(isinstance(x, str) and math.isfinite(number(x)) for x in [a.get("area"), *(box if isinstance(box, list) else [])])
+    odd = any(isinstance(x, str) and math.isfinite(number(x))
+              for x in [a.get("area"), *(box if isinstance(box, list) else [])])
     key = lambda k: a.get(k) if plain(a.get(k)) is not None else None
     crowd = None if a.get("iscrowd") is None else int(number(a["iscrowd"], 0) != 0)
     return Ann(tuple(v), key("image_id"), key("category_id"), key("id"), number(a.get("area")), crowd, odd)
@@ -105,7 +107,8 @@ def cut_out(
         return {k: msgspec.json.decode(raw[k], type=kinds[k]) for k in LISTS}
     except (msgspec.DecodeError, KeyError, UnicodeDecodeError): pass  # now with tolerance, or with a better message
     try: d = json.loads(data)
-    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not readable JSON ({e}): export it again, as UTF-8") from None
+    except (ValueError, RecursionError) as e: raise ValueError(f"{path} is not readable JSON ({e}): export it "
+                                                               "again, as UTF-8") from None
     lost = [k for k in LISTS if not isinstance(d, dict) or not isinstance(d.get(k), list)]
     if lost: raise ValueError(f"{path} is not a COCO file: it has no list '{lost[0]}' "
                               "(a COCO file has images, annotations and categories)")
@@ -131,7 +134,9 @@ def entries(
         for k in needs:
             ok = plain(x.get(k)) is not None if k != "file_name" else isinstance(x.get(k), str) and x[k].strip()
             if x.get(k) is None: raise ValueError(f"{where}: an entry has no '{k}': {str(x)[:80]}")
-            if not ok: raise ValueError(f"{where}: '{k}' must be a {'text' if k == 'file_name' else 'number or a text'}, not {x[k]!r}: {str(x)[:80]}")
+            if not ok: raise ValueError(f"{where}: '{k}' must be a "
+                                        f"{'text' if k == 'file_name' else 'number or a text'}, not {x[k]!r}: "
+                                        f"{str(x)[:80]}")
     return found
 
 # %% ../nbs/02_annotations.ipynb #b51b3c50
@@ -154,8 +159,8 @@ def images_of(
     for x in out:
         given = min(x["width"], x["height"]) >= 1
         x["width"], x["height"] = map(int, (x["width"], x["height"]) if given else size_of(folder / x["file_name"]))
-        if not given: note(problems, "image without width and height" + (": taken from the file" if x["width"] else ", and its file cannot be read"),
-                           "repaired" if x["width"] else "stop", [x["file_name"]])
+        how = ": taken from the file" if x["width"] else ", and its file cannot be read"
+        if not given: note(problems, f"image without width and height{how}", "repaired" if x["width"] else "stop", [x["file_name"]])
     return out
 
 # %% ../nbs/02_annotations.ipynb #63bd1d5b
@@ -212,11 +217,13 @@ def coco_table(
     "A COCO file as a table"
     d = cut_out(path)
     cats, class_of = classes_of(d["categories"], f"{path}: categories", problems)
-    images, image_of = index(images_of(d["images"], Path(folder), f"{path}: images", problems), "file_name", "images", problems)
+    images, image_of = index(images_of(d["images"], Path(folder), f"{path}: images", problems), "file_name", "images",
+                             problems)
     image, cls, box, crowd, area, ids, odd, none = fields(d["annotations"], image_of, class_of)
     ids = own_ids(ids, problems)
     note(problems, "number written as a text: read as a number", "repaired", [f"annotation {ids[k]}" for k in odd])
-    note(problems, "annotation without iscrowd: one object", "repaired", [f"annotation {ids[k]}" for k in none[:5]], len(none))
+    note(problems, "annotation without iscrowd: one object", "repaired", [f"annotation {ids[k]}" for k in none[:5]],
+         len(none))
     return Table(images, cats, image, cls, box, crowd, area, ids)
 
 # %% ../nbs/02_annotations.ipynb #d30af73d

@@ -136,7 +136,8 @@ def colour_matrix(
     A, o = np.eye(3), np.zeros(3)
     for step in (n for n, active in steps if active):
         if step == "c": M, d = c * np.eye(3), (1 - c) * LUMA @ (A @ mean + o)
-        else: M, d = dict(b=b * np.eye(3), s=s * np.eye(3) + (1 - s) * grey, h=hue_matrix(turn), p=np.eye(3)[rng.permutation(3)])[step], 0.
+        else: M, d = dict(b=b * np.eye(3), s=s * np.eye(3) + (1 - s) * grey, h=hue_matrix(turn),
+                          p=np.eye(3)[rng.permutation(3)])[step], 0.
         A, o = M @ A, M @ o + d
     return A, o
 
@@ -173,12 +174,16 @@ class Augment:
             if rng.random() < self.zoom_out: view = zoomed_out(view, rng)
             if rng.random() < self.iou_crop and len(boxes): view = cropped(view, boxes, rng)
         recolour = None
-        if self.photometric: recolour = lambda x: recoloured(x, *colour_matrix(x[:, ::4, ::4].float().mean((1, 2)).numpy(), self.photometric, rng))
+        if self.photometric:
+            mean = lambda x: x[:, ::4, ::4].float().mean((1, 2)).numpy()  # (3,) of every 16th pixel
+            recolour = lambda x: recoloured(x, *colour_matrix(mean(x), self.photometric, rng))
         image, moved = render(image, boxes, view, W, H, recolour)
         seen = np.clip(np.minimum(boxes[:, 2:], view[2:]) - np.maximum(boxes[:, :2], view[:2]), 0, None)
         left = (view == (0, 0, w, h)) | (centres_inside(boxes, view) & (seen >= np.minimum(1, boxes[:, 2:] - boxes[:, :2])).all(1))
         moved = np.clip(moved, 0, [W, H, W, H])
-        if rng.random() < self.hflip: image, moved = image.flip(-1), np.stack([W - moved[:, 2], moved[:, 1], W - moved[:, 0], moved[:, 3]], 1)
+        if rng.random() < self.hflip:
+            x1, y1, x2, y2 = moved.T
+            image, moved = image.flip(-1), np.stack([W - x2, y1, W - x1, y2], 1)
         return image, moved[left], np.flatnonzero(np.broadcast_to(left, len(boxes)))
 
 # %% ../nbs/02_augment.ipynb #0663c82e

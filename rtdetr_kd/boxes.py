@@ -71,7 +71,9 @@ def as_array(
     img,  # tensor `(3,h,w)` in 0..1 or uint8, array or PIL
 ) -> np.ndarray:  # (h,w,3) in 0..1 or uint8; an array as it is
     "An image (tensor `(3,h,w)`, array or PIL) as an `(h,w,3)` array to draw"
-    if isinstance(img, Tensor): img = img.detach().cpu().float().div(255 if img.dtype == torch.uint8 else 1).permute(1, 2, 0).clamp(0, 1).numpy()
+    if isinstance(img, Tensor):
+        most = 255 if img.dtype == torch.uint8 else 1
+        img = img.detach().cpu().float().div(most).permute(1, 2, 0).clamp(0, 1).numpy()
     return np.asarray(img)
 
 # %% ../nbs/00_boxes.ipynb #6836450f

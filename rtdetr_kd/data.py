@@ -17,12 +17,15 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .annotations import Split, ground_truth, note, pack_split, part, read_coco, refuse
+from .annotations import read_coco
+from .arrays import Split, ground_truth, pack_split, part
+from .audit import allowed, prepare
 from .augment import Augment, augmentation, four
 from .boxes import to_cxcywh
-from .check import Report, allowed, check, data_folder, prepare
+from .check import Report, check, data_folder
 from .images import as_tensor, open_image, to_square
 from .other_formats import LAYOUT, read_split, split_files
+from .repairs import note, refuse
 
 # %% ../nbs/02_data.ipynb #f884bcfa
 def carve(
@@ -49,7 +52,8 @@ def check_split(
     say = f"data='{data}': the split '{k}'"
     if s.names != train.names:
         raise ValueError(f"{say} has the classes {s.names}, train has {train.names}; they must be the same")
-    if not len(s): raise ValueError(f"{say} has no image: add some" + (", or delete its annotation file: then it is carved from train" if k == "select" else ""))
+    if not len(s): raise ValueError(f"{say} has no image: add some" + (", or delete its annotation file: then it is "
+                                                                       "carved from train" if k == "select" else ""))
     why = "".join(f"; {p.n}× {p}" for p in s.problems if p.done == "dropped")
     if s.crowd.all(): raise ValueError(f"{say} has no box in {len(s)} images (groups marked iscrowd do not count){why}")
     gone = [f for f in s.files if not os.path.isfile(s.folder / f)]
@@ -234,7 +238,8 @@ class Batches(DataLoader):
     def lost(self, what: str):
         "Count a file that could not be read, once"
         seen, most = self.dataset.lost, allowed(len(self.dataset))
-        if what not in seen: print(f"image skipped, another takes its place: {what} ({len(seen) + 1} of at most {most})", flush=True)
+        if what not in seen: print(f"image skipped, another takes its place: {what} ({len(seen) + 1} of "
+                                   f"at most {most})", flush=True)
         seen[what] = True
         if len(seen) > most:
             raise ValueError(f"{len(seen)} images could not be read in training, more than an accident: rtdetr_kd.data.check(folder) lists them; "

@@ -23,7 +23,8 @@ def request(
     start: int,  # bytes that we have
 ) -> tuple:  # response, start, bytes of the whole or None
     "Ask for the bytes from `start` on: the answer, where it really starts, and the size of the whole (or None)"
-    r = urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60)
+    r = urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}),
+                               timeout=60)
     whole = re.search(r"/(\d+)$", r.headers.get("Content-Range", ""))
     if r.status == 206: return r, start, int(whole[1]) if whole else None
     n = r.headers.get("Content-Length")
@@ -47,9 +48,12 @@ def receive(
 ) -> int | None:  # bytes of the whole
     "Append what is missing to `part`; the size of the whole, if the server tells. `ValueError`, `OSError`"
     r, start, total = request(url, part.stat().st_size if part.exists() else 0)
-    if "text/html" in r.headers.get("Content-Type", ""): raise ValueError(f"{url} answers with a web page, not with a file: the address is wrong or needs a login")
+    if "text/html" in r.headers.get("Content-Type",
+                                    ""): raise ValueError(f"{url} answers with a web page, not with a file: the "
+                                    "address is wrong or needs a login")
     if total and shutil.disk_usage(part.parent).free < total - start + (64 << 20):
-        raise OSError(f"{part.parent} has {shutil.disk_usage(part.parent).free / 1e9:.1f} GB free, and {url} needs {(total - start) / 1e9:.1f} GB more: make room or set RTDETR_KD_CACHE to another disk")
+        raise OSError(f"{part.parent} has {shutil.disk_usage(part.parent).free / 1e9:.1f} GB free, and {url} needs "
+                      f"{(total - start) / 1e9:.1f} GB more: make room or set RTDETR_KD_CACHE to another disk")
     with r, open(part, "ab" if start else "wb") as f:
         while block := r.read(1 << 18):
             f.write(block)
@@ -80,7 +84,8 @@ def fetch(
             error = f"{part.stat().st_size if part.exists() else 0} of {total} bytes came"
         except urllib.error.HTTPError as e:
             if e.code == 416: part.unlink(missing_ok=True)  # what we have is no part of it
-            elif e.code < 500: raise ValueError(f"{url} answers {e.code} {e.reason}: the address is wrong or the file is gone") from None
+            elif e.code < 500: raise ValueError(f"{url} answers {e.code} {e.reason}: the address is wrong or "
+                                                "the file is gone") from None
             error = f"the server answers {e.code}"
         except (urllib.error.URLError, ConnectionError, TimeoutError, EOFError) as e: error = str(getattr(e, "reason", e))
         except OSError as e:
@@ -88,11 +93,13 @@ def fetch(
             error = str(e)
         size = part.stat().st_size if part.exists() else 0
         failed, most = (0, size) if size > most else (failed + 1, most)
-        if failed >= tries: raise OSError(f"{url} could not be fetched ({error}); what has come so far is kept, so call again when the network is back, or put the file at {path} yourself")
+        if failed >= tries: raise OSError(f"{url} could not be fetched ({error}); what has come so far is kept, so "
+                                          f"call again when the network is back, or put the file at {path} yourself")
         time.sleep(min(pause * 2**failed, 60))
     if sha256 and digest(part) != sha256:
         part.unlink()
-        raise ValueError(f"{url} is not the file it should be (its SHA-256 differs): it was removed; try again, and if it stays so the source has changed")
+        raise ValueError(f"{url} is not the file it should be (its SHA-256 differs): it was removed; try again, and "
+                         "if it stays so the source has changed")
     os.replace(part, path)
     return path
 
@@ -104,12 +111,14 @@ def unzip(
     "Unpack what is not there yet. `ValueError`"
     said, base = time.time(), Path(folder).resolve()
     try: z = zipfile.ZipFile(archive)
-    except zipfile.BadZipFile: raise ValueError(f"{archive} is not a whole zip file: delete it and download it again") from None
+    except zipfile.BadZipFile: raise ValueError(f"{archive} is not a whole zip file: delete it and "
+                                                "download it again") from None
     with z:
         infos = [i for i in z.infolist() if not i.is_dir()]
         for k, i in enumerate(infos):
             to = (base / i.filename).resolve()
-            if not to.is_relative_to(base): raise ValueError(f"{archive} holds the name {i.filename!r}, which would land outside {folder}")
+            if not to.is_relative_to(base): raise ValueError(f"{archive} holds the name {i.filename!r}, which would "
+                                                             f"land outside {folder}")
             if to.exists() and to.stat().st_size == i.file_size: continue
             to.parent.mkdir(parents=True, exist_ok=True)
             part = to.with_name(to.name + ".part")
@@ -157,7 +166,8 @@ def fetch_all(
     said = time.time()
     with ThreadPoolExecutor(threads) as pool:
         for k, _ in enumerate(pool.map(lambda f: fetch(*f), todo)):
-            if time.time() - said > 10: said = time.time(); print(f"  {len(files) - len(todo) + k + 1:,} of {len(files):,} images", flush=True)
+            if time.time() - said > 10: said = time.time(); print(f"  {len(files) - len(todo) + k + 1:,} of "
+                                                                  f"{len(files):,} images", flush=True)
 
 # %% ../nbs/02_download.ipynb #9a44d0c6
 def coco_part(

@@ -53,7 +53,8 @@ def open_header(
     with opening:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try: im = Image.open(path, formats=formats)
-        except UnidentifiedImageError: raise ValueError("this is no image, or of a format that Pillow does not know") from None
+        except UnidentifiedImageError: raise ValueError("this is no image, or of a format that "
+                                                        "Pillow does not know") from None
         finally: Image.MAX_IMAGE_PIXELS = usual
     if im.width * im.height > limit:
         raise ValueError(f"{im.width}×{im.height} pixels are more than the limit of {limit / 1e6:g} million: make it smaller, "
@@ -165,7 +166,8 @@ def as_tensor(
     pixels: np.ndarray,  # (h,w,3) uint8
 ) -> Tensor:  # (3,h,w) uint8, the memory stays as it is
     "Pixels as a tensor"
-    return torch.from_numpy(pixels if pixels.flags.writeable and all(s > 0 for s in pixels.strides) else pixels.copy()).permute(2, 0, 1)
+    usable = pixels.flags.writeable and all(s > 0 for s in pixels.strides)  # torch takes no flipped arrays
+    return torch.from_numpy(pixels if usable else pixels.copy()).permute(2, 0, 1)
 
 # %% ../nbs/01_images.ipynb #7b96e070
 def to_square(

@@ -37,7 +37,8 @@ def note(
     if not n: return
     p = next((p for p in problems if (p.what, p.done) == (what, done)), None)
     if p is None: problems.append(p := Problem(what, done))
-    p.n, p.where = p.n + n, (p.where + [str(x).encode("utf-8", "backslashreplace").decode() for x in places[:5]])[:5]  # any name can be printed
+    texts = [str(x).encode("utf-8", "backslashreplace").decode() for x in places[:5]]  # any name can be printed
+    p.n, p.where = p.n + n, (p.where + texts)[:5]
 
 # %% ../nbs/01_repairs.ipynb #37595b41
 def refuse(
@@ -101,7 +102,8 @@ def repeats(
     "Say which files and class names occur more than once, and which names differ in nothing that one sees"
     often = lambda xs: [x for x, n in Counter(xs).items() if n > 1]
     names = [n for _, n in t.cats]
-    note(problems, "file listed under several image ids: each knows only its own boxes", "look", often(im["file_name"] for im in t.images))
+    note(problems, "file listed under several image ids: each knows only its own boxes", "look",
+         often(im["file_name"] for im in t.images))
     note(problems, "several categories of one name: they stay different classes", "look", often(names))
     alike = often(" ".join(n.split()).casefold() for n in dict.fromkeys(names))
     note(problems, "categories whose names differ only in case or blanks: they stay different classes", "look", alike)

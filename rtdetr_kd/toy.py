@@ -157,9 +157,11 @@ def write_split(
         Image.fromarray(img).save(folder / "images" / split / f"{k:06}.jpg", quality=92)
         images.append(dict(id=k + 1, file_name=f"{k:06}.jpg", width=side, height=side))
         for (x, y, w, h), c in zip(boxes, labels):
-            annotations.append(dict(id=len(annotations) + 1, image_id=k + 1, category_id=CATEGORIES[c]["id"], bbox=[x, y, w, h], area=w * h, iscrowd=0))
+            annotations.append(dict(id=len(annotations) + 1, image_id=k + 1, category_id=CATEGORIES[c]["id"],
+                                    bbox=[x, y, w, h], area=w * h, iscrowd=0))
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(
-        dict(info=dict(description=f"Digits in the wild, {split}, seed {seed}"), images=images, annotations=annotations, categories=CATEGORIES)))
+        dict(info=dict(description=f"Digits in the wild, {split}, seed {seed}"), images=images, annotations=annotations,
+             categories=CATEGORIES)))
 
 # %% ../nbs/01_toy.ipynb #74c7a659
 SIZES = dict(train=4000, select=400, val=800)  # scenes

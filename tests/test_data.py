@@ -303,10 +303,10 @@ def test_yolo_and_voc_folders(tmp_path):
 
 
 def test_the_check_is_remembered(tmp_path, monkeypatch):
-    import rtdetr_kd.check
+    import rtdetr_kd.audit
     f, seen = folder_of(tmp_path), []
-    real = rtdetr_kd.check.look
-    monkeypatch.setattr(rtdetr_kd.check, "look", lambda p: seen.append(p) or real(p))
+    real = rtdetr_kd.audit.look
+    monkeypatch.setattr(rtdetr_kd.audit, "look", lambda p: seen.append(p) or real(p))
     load_data(str(f)); n = len(seen); load_data(str(f)); assert n == 5 and len(seen) == n
     Image.new("RGB", (100, 80), "red").save(f / "images/train/1.png")
     load_data(str(f)); assert len(seen) == n + 2  # that split is looked at again
