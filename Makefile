@@ -9,7 +9,7 @@ help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
-	@echo "make results  run the toy study, 81 trainings (about 7 hours on one core; finished ones are kept); write the README's table and pictures"
+	@echo "make results  the study from nothing: make ablation, the strengths, the shipped student; then the tables and pictures that are written from them"
 	@echo "make serve    the toy student on http://localhost:8000 (make serve ARGS='--weights model.onnx --port 80')"
 	@echo "make docs     every notebook with its outputs, the API and the guides as a site, offline: _site/index.html"
 	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
@@ -33,22 +33,15 @@ teacher: $(VENV)/.ready
 	$(BIN)/papermill nbs/train.ipynb -p size toy_teacher -p epochs 20 -p lr 1e-3 -p precision bfloat16 -p zoom_out 0.2 -p iou_crop 0.3 -p name toy_teacher
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy_teacher", "weights/toy_teacher.safetensors")'
 
-results: $(VENV)/.ready
-	export OMP_NUM_THREADS=1; train() { $(BIN)/papermill nbs/train.ipynb -p seed $$s "$$@"; }; set -e; \
-	for s in 0 1 2 3 4 5; do \
-	  for m in none logit feature cwd mgd stage query query+cwd; do train -p method $$m; done; \
-	  for a in index hungarian; do train -p method query -p alignment $$a; done; \
-	  train -p method query -p teacher random:toy_teacher -p lam 3.444; \
-	done; \
-	for s in 0 1 2 3; do \
-	  train -p method cwd -p teacher random:toy_teacher -p lam 24.18; \
-	  train -p method query+cwd -p teacher random:toy_teacher -p lam 0.69584; \
-	done; \
-	s=0; for m in cwd feature logit query query+feature; do train -p method $$m -p rho 0.2; done; \
-	for a in index hungarian; do train -p method query -p alignment $$a -p rho 0.2; done
+results: ablation
+	export OMP_NUM_THREADS=1; set -e; for m in cwd feature logit query query+feature; do $(BIN)/papermill nbs/train.ipynb -p method $$m -p rho 0.2; done; \
+	for a in index hungarian; do $(BIN)/papermill nbs/train.ipynb -p method query -p alignment $$a -p rho 0.2; done
 	$(BIN)/python -c 'from rtdetr_kd.weights import ship; ship("runs/toy-query+cwd", "weights/toy_student.safetensors")'
 	$(BIN)/python -c 'from rtdetr_kd.export import write_onnx; from rtdetr_kd.weights import load_model; write_onnx(load_model("weights/toy_student.safetensors"), "weights/toy_student.onnx")'
-	$(BIN)/python -m rtdetr_kd.results --figures --publish runs/toy-*
+	$(BIN)/python -m rtdetr_kd.results --publish runs/toy-*
+	$(BIN)/python -m rtdetr_kd.matches --published runs/toy-*
+	$(BIN)/python -m rtdetr_kd.study
+	$(BIN)/python -m rtdetr_kd.results --figures
 
 $(VENV)/.serve: pyproject.toml
 	@$(PY) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python 3.10 or later is needed, {sys.executable} is {v[0]}.{v[1]}: call make PY=<another python>")'

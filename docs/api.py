@@ -95,18 +95,20 @@ def table(e: Entry) -> str:
     "Parameters and what comes back; nothing where there is nothing to tell"
     if not e.rows and not e.gives: return ""
     code = lambda s: f"`{s}`".replace("|", "\\|") if s else ""
-    lines = ["| parameter | type | default | shape, unit, meaning |", "|---|---|---|---|"]
-    lines += [f"| {code(p)} | {code(t)} | {code(d)} | {cell_text(m)} |" for p, t, d, m in e.rows]
-    if e.gives: lines.append(f"| *returns* | {code(e.gives[0])} | | {cell_text(e.gives[1])} |")
-    return "\n".join(lines)
+    rows = [("parameter", "type", "default", "shape, unit, meaning"), *((code(p), code(t), code(d), cell_text(m)) for p, t, d, m in e.rows)]
+    if e.gives: rows.append(("*returns*", code(e.gives[0]), "", cell_text(e.gives[1])))
+    columns = [c for c in zip(*rows) if any(c[1:])]  # those with something in them
+    head, *body = zip(*columns)
+    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ["---"] * len(columns), *body))
 
 
 def page(name: str, notebook: str, about: str, entries: list, source_url: str) -> str:
     "One module's page"
     out = [f"# {name}", f"{{.lead}}\n{about}", f"Explained in [{notebook}](../{notebook}.ipynb)."]
+    here = {e.name for e in entries}
     for e in entries:
-        level = "###" if "." in e.name else "##"
+        level = "###" if e.name.split(".")[0] in here - {e.name} else "##"  # a method below its class, if the class is of this module
         where = f"[in the story](#sym-{e.module}.{e.cell}) · [source]({source_url}/rtdetr_kd/{e.module}.py#L{e.line})"
-        shown = e.signature if len(e.signature) < 90 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
+        shown = e.signature if len(e.signature) < 60 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
         out += [f"({e.label})=\n{level} {e.name}", f"```python\n{shown}\n```", cell_text(e.doc.splitlines()[0]) if e.doc else "", table(e), where]
     return "\n\n".join(x for x in out if x) + "\n"

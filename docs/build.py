@@ -19,6 +19,7 @@ CHAPTERS = {  # caption: the notebooks whose number is at least this
     "The run and its results": "17_config", "After training": "21"}
 GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
+COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"  # what a fence of shell commands begins with
 
 
 def settings() -> dict:
@@ -43,8 +44,10 @@ def linked(prose: str, find) -> str:
     for line in prose.split("\n"):
         if line.lstrip().startswith("```"): fenced = not fenced
         lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
-    text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", "\n".join(lines))  # a badge from elsewhere: its words
-    return re.sub(r"\]\((\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
+    text = re.sub(rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M)  # on a phone commands are wrapped, drawings are not
+    text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
+    text = re.sub(r"(!\[[^\]]*\]\()\.\./(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
+    return re.sub(r"\]\((\.\./(?!\w+\.ipynb\))[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
 
 
 def imported(nb) -> dict:
@@ -69,6 +72,15 @@ def finder(own: str | None, names: dict, entries: dict):
     return find
 
 
+def joined(outputs: list) -> list:
+    "Lines printed one after the other as one output; what is printed between two tables stays between them"
+    out = []
+    for o in outputs:
+        if out and o.output_type == "stream" and out[-1].output_type == "stream" and o.name == out[-1].name: out[-1].text += o.text
+        else: out.append(o)
+    return out
+
+
 def staged(cell, own: str | None, find, symbols: set) -> list:
     "The cells that take the place of one"
     if cell.cell_type == "raw": return []
@@ -77,6 +89,7 @@ def staged(cell, own: str | None, find, symbols: set) -> list:
     if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip(): return []
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     cell.metadata = dict(tags=["exported"] if re.search(r"\bexports?\b", said) else [])
+    cell.outputs = joined(cell.outputs)
     anchor = [new_markdown_cell(f"(sym-{own}.{cell['id']})=")] if cell.get("id") in symbols else []
     return [*anchor, cell]
 

@@ -18,48 +18,54 @@ CHECKPOINTS = {"": "nothing", "backbone": "backbone", "all": "all"}
 
 @cache
 def study():
-    from rtdetr_kd.results import published, toy_study
-    return published(), toy_study()
+    "Of the study: the comparisons of study.json by (configuration, control), the README's table by method, the runs"
+    from rtdetr_kd.results import published, study_table
+    from rtdetr_kd.study import comparisons, runs_of_study, spoken
+    return {(r.variant, r.control): r for r in comparisons().itertuples()}, study_table().set_index("method"), runs_of_study(), published(), spoken
 
 
 @cache
-def gains():
-    from rtdetr_kd.results import paired
-    return {p.variant: p for p in paired(study()[1]).itertuples()}
+def paper_values():
+    from rtdetr_kd.paper import values
+    return values()
 
 
-def row(variant):
-    if variant not in gains(): raise KeyError(f"the toy study has no variant '{variant}' (there are: {', '.join(gains())})")
-    return gains()[variant]
+def compared(what):
+    "'query+cwd' (against none) or 'query+cwd, none longer'"
+    a, _, b = what.partition(", ")
+    found = study()[0]
+    if (a, b or "none") not in found: raise KeyError(f"study.json does not compare '{a}' with '{b or 'none'}' (it compares: {'; '.join(f'{x}, {y}' for x, y in found)})")
+    return found[a, b or "none"]
 
 
 def gain(*v):
     from rtdetr_kd.results import interval
-    r = row(" ".join(v))
+    r = compared(" ".join(v))
     return interval(r.gain, r.low, r.high)
 
 
-def ap(*v): r = row(" ".join(v)); return f"{r.mean:.3f} ± {r.sd:.3f}"
-def seeds(*v): return str(row(" ".join(v)).n)
-def of_run(name, figure, digits="3"): return f"{study()[0].set_index('run').loc[name, figure]:.{digits}f}"
-def minutes(name): return f"{study()[0].set_index('run').train_seconds[name] / 60:.0f}"
-def hours_of_study(): return f"{study()[1].train_seconds.sum() / 3600:.1f}"
-def runs_of_study(): return str(len(study()[1]))
+def verdict(*v): return compared(" ".join(v)).verdict
+def price(*v): return paper_values()["price:" + " ".join(v)]  # of a training, in trainings without a teacher
+def ap(*v): return study()[1].AP[study()[4](" ".join(v))]
+def of_run(name, figure, digits="3"): return f"{study()[3].set_index('run').loc[name, figure]:.{digits}f}"
+def minutes(name): return f"{study()[3].set_index('run').train_seconds[name] / 60:.0f}"
+def hours_of_study(): return f"{study()[2].train_seconds.sum() / 3600:.1f}"
+def runs_of_study(): return str(len(study()[2]))
 
 
 def toy_table():
-    from rtdetr_kd.results import markdown, method_table
-    return markdown(method_table(study()[1]))
+    from rtdetr_kd.results import markdown
+    return markdown(study()[1].reset_index())
 
 
 def strength_table():
     from rtdetr_kd.results import markdown, strengths
-    return markdown(strengths(study()[0]).round(3).reset_index())
+    return markdown(strengths(study()[3]).round(3).reset_index())
 
 
 def bccd():
     from rtdetr_kd.results import bccd_block
-    return bccd_block(study()[0])
+    return bccd_block(study()[3])
 
 
 def attention_table():
@@ -99,21 +105,31 @@ def nb(stem):
     return f"[{stem}](../{stem}.ipynb)" if (root / f"nbs/{stem}.ipynb").exists() else f"`nbs/{stem}.ipynb`"
 
 
-FACTS = {f.__name__: f for f in (gain, ap, seeds, of_run, minutes, hours_of_study, runs_of_study, toy_table, strength_table, bccd,
+FACTS = {f.__name__: f for f in (gain, verdict, price, ap, of_run, minutes, hours_of_study, runs_of_study, toy_table, strength_table, bccd,
                                  attention_table, parameters, sizes_table, memory_table, memory_of, nb)}
 
 
+def claimed(text: str, where: str) -> str:
+    "The text without its claims, once they have been compared with study.json; as the paper does it"
+    if "%!" not in text: return text
+    from rtdetr_kd.paper import broken_claims
+    from rtdetr_kd.study import comparisons
+    if bad := broken_claims(text, comparisons()): raise ValueError(f"{where}: {'; '.join(bad)}: read its sentences again")
+    return re.sub(r"^%! .*\n", "", text, flags=re.M)
+
+
 def fill(text: str, where: str) -> str:
-    "Replace every {{…}}; an unknown one is an error that says where"
+    "Replace every {{…}}; an unknown one, or a claim (`%! configuration, control: verdict`) that study.json does not make, is an error that says where"
     def of(m):
         name, *args = m[1].split()
         if name not in FACTS: raise KeyError(f"docs/guides/{where}.md asks for {{{{{m[1]}}}}}: there is no such fact (there are: {', '.join(FACTS)})")
         return FACTS[name](*args)
+    text = claimed(text, f"docs/guides/{where}.md")
     return re.sub(r"\{\{(.+?)\}\}", lambda m: unbroken(of(m)), text)
 
 
 def unbroken(text: str) -> str: # a number and its interval stay on one line
-    return re.sub(r"(\[[-+][\d.]+,) ", "\\1\u00a0", text).replace(" ± ", "\u00a0±\u00a0").replace("AP - none", "AP\u00a0-\u00a0none")
+    return re.sub(r"(\[[-+][\d.]+,) ", "\\1\u00a0", text).replace(" ± ", "\u00a0±\u00a0").replace("AP − none", "AP\u00a0−\u00a0none")
 
 
 def memory(most=128):

@@ -40,7 +40,7 @@ def query_of(
         rows.append((torch.full_like(q, i), q, fit))
     return tuple(torch.cat(v) for v in zip(*rows))
 
-# %% ../nbs/21_attention_maps.ipynb #6f414714
+# %% ../nbs/21_attention_maps.ipynb #458b33f9
 def points_of(
     s: Signals,
     layer: int,  # of the decoder
@@ -53,6 +53,7 @@ def points_of(
     if not 0 <= head < p.shape[1]: raise IndexError(f"head={head}: there are {p.shape[1]} heads to look at (dense attention shows their mean as head 0)")
     return p[:, head:head + 1], w[:, head:head + 1]
 
+# %% ../nbs/21_attention_maps.ipynb #6f414714
 def attention_map(
     s: Signals,
     layer: int,
@@ -63,7 +64,7 @@ def attention_map(
     "Blurred attention on one grid"
     return blur(splat(*points_of(s, layer, rows, head), grid, grid))
 
-# %% ../nbs/21_attention_maps.ipynb #f997f890
+# %% ../nbs/21_attention_maps.ipynb #31bd24a9
 def draw_look(
     ax: plt.Axes,
     image: Tensor,  # (3,h,w) in 0..1
@@ -71,7 +72,7 @@ def draw_look(
     weights: Tensor,  # (heads,levels,p)
     box: Tensor,  # (4,) cxcywh
     title: str = "",
-    grid: int = 20,
+    grid: int = 20,  # cells a side of the map
 ):
     "Map, sampling points and box over the image"
     h, w = image.shape[-2:]
@@ -83,10 +84,11 @@ def draw_look(
     ax.scatter(*p[top].T, s=90 * (a[top] / a.max()), facecolors="none", edgecolors="C1", linewidths=.9)
     ax.set(xlim=(0, w), ylim=(h, 0)); ax.set_title(title, fontsize=8)
 
+# %% ../nbs/21_attention_maps.ipynb #f997f890
 def draw_pair(
     image: Tensor,  # (3,h,w) in 0..1
     sides: dict,  # title: (Signals, image's number, query)
-    layers: list = (0, -1),
+    layers: list = (0, -1),  # of the decoder
     head: int | None = None,  # None: all
 ) -> plt.Figure:
     "A column for each network, a row for each layer"
@@ -99,13 +101,16 @@ def draw_pair(
     fig.tight_layout(pad=.5)
     return fig
 
-# %% ../nbs/21_attention_maps.ipynb #974abd6a
-def peak(A: Tensor) -> Tensor:  # (...,h,w) -> (...,2) x,y as fractions of the image
+# %% ../nbs/21_attention_maps.ipynb #e0d76249
+def peak(
+    A: Tensor,  # (...,h,w)
+) -> Tensor:  # (...,2) x,y as fractions of the image
     "The centre of the highest cell"
     h, w = A.shape[-2:]
     at = A.flatten(-2).argmax(-1)
     return torch.stack([(at % w + .5) / w, (at // w + .5) / h], -1)
 
+# %% ../nbs/21_attention_maps.ipynb #67f74217
 def inside(
     xy: Tensor,  # (...,2)
     box: Tensor,  # (...,4) cxcywh, in the same unit
@@ -113,6 +118,7 @@ def inside(
     "Whether points lie in boxes"
     return ((xy - box[..., :2]).abs() <= box[..., 2:] / 2).all(-1)
 
+# %% ../nbs/21_attention_maps.ipynb #974abd6a
 def mass(
     points: Tensor,  # (k,heads,levels,p,2)
     weights: Tensor,  # (k,heads,levels,p)

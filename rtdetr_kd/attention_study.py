@@ -26,17 +26,21 @@ from .model import RTDETR, Signals
 from .results import METHOD_ORDER, interval, over_control, paired, pm, published, variant, verdict
 from .weights import load_model, weights_mark
 
-# %% ../nbs/21_attention_study.ipynb #e46f5415
-def alike(a: Tensor, b: Tensor) -> Tensor:  # (k,h,w), (k,h,w) -> (k,)
+# %% ../nbs/21_attention_study.ipynb #58aefecd
+def alike(
+    a: Tensor,  # (k,h,w)
+    b: Tensor,  # (k,h,w)
+) -> Tensor:  # (k,)
     "Cosine of two maps"
     return F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)
 
+# %% ../nbs/21_attention_study.ipynb #e46f5415
 def compare(
     t: Signals,  # the teacher's
     s: Signals,  # the student's, of its own questions
     asked: Signals,  # the student's, of the teacher's questions
     targets: list,  # dicts of labels and boxes
-    grid: int = 20,
+    grid: int = 20,  # cells a side of a map
     sure: float = .5,  # objects that the teacher fits worse are left out
 ) -> pd.DataFrame:  # a row for each object and pair of layers
     "Agreement on one batch"
@@ -59,9 +63,9 @@ def agreement(
     teacher: RTDETR,
     students: dict,  # name: RTDETR
     split,  # of the teacher's classes
-    batch: int = 50,
-    grid: int = 20,
-    sure: float = .5,
+    batch: int = 50,  # images
+    grid: int = 20,  # cells a side of a map
+    sure: float = .5,  # objects that the teacher fits worse are left out
 ) -> dict:  # name: a row for each object and pair of layers; raises ValueError
     "How far students look where their teacher looks"
     for name, m in students.items():
@@ -78,18 +82,24 @@ def agreement(
             parts[name].append(found.assign(image=[targets[i]["row"] for i in found.image]))
     return {name: pd.concat(p, ignore_index=True) for name, p in parts.items()}
 
-# %% ../nbs/21_attention_study.ipynb #e1efd495
-def means(found: pd.DataFrame) -> dict:
+# %% ../nbs/21_attention_study.ipynb #0a18cd87
+def means(
+    found: pd.DataFrame,  # as `agreement` gives it for a student
+) -> dict:
     "Over objects: in all layers, and of the last one"
     last = found[found.layer == found.layer.max()]
     figures = [c for c in found if c not in ("layer", "image")]
     return {k: float(found[k].mean()) for k in figures} | {f"{k}_last": float(last[k].mean()) for k in figures}
 
-def same_as_published(run: Path):
+# %% ../nbs/21_attention_study.ipynb #0ee46a59
+def same_as_published(
+    run: Path,  # its folder
+):
     "Refuse a run that is not the published one of its name; raises ValueError"
     ap, known = (json.loads((f / "metrics.json").read_text())["AP"] for f in (run, root() / "runs/published" / run.name))
     if ap != known: raise ValueError(f"{run.name}: AP {ap} here and {known} in runs/published, so these are other weights; publish that run first")
 
+# %% ../nbs/21_attention_study.ipynb #e1efd495
 def example(
     models: dict,  # name: RTDETR
     image: Tensor,  # (1,3,h,w) in 0..1
@@ -104,7 +114,7 @@ def example(
         out[name] = dict(fit=round(float(fit), 3), boxes=of(s.boxes), points=of(s.sampling_points), weights=of(s.sampling_weights))
     return out
 
-# %% ../nbs/21_attention_study.ipynb #50bfa2d0
+# %% ../nbs/21_attention_study.ipynb #6123f13f
 def measure(
     runs: list,  # folders of finished, published runs with their weights
     n: int = 0,  # so many images of val, 0: all
@@ -118,6 +128,7 @@ def measure(
     objects = int((next(iter(found.values())).layer == 1).sum())
     write_json(root() / "runs/published/attention.json", dict(images=n or len(val), objects=objects, runs=figures))
 
+# %% ../nbs/21_attention_study.ipynb #eefa9c90
 def keep_example(
     runs: dict,  # title: folder of a published run with its weights
     row: int,  # image of val; its largest object is shown
@@ -132,11 +143,12 @@ def keep_example(
     said = dict(row=row, box=one["boxes"][0].tolist(), models=example(shown, image[None].float() / 255, one))
     write_json(root() / "runs/published/attention_example.json", said, None)
 
+# %% ../nbs/21_attention_study.ipynb #50bfa2d0
 def measured() -> dict:
     "The committed figures"
     return json.loads((root() / "runs/published/attention.json").read_text())
 
-# %% ../nbs/21_attention_study.ipynb #73655fa2
+# %% ../nbs/21_attention_study.ipynb #aad29d5b
 SHOWN = dict(cosine="cosine, own query", cosine_asked="cosine, teacher's question", pointing_student="pointing game", mass_student="mass in the box")
 
 def agreement_runs() -> pd.DataFrame:
@@ -144,16 +156,24 @@ def agreement_runs() -> pd.DataFrame:
     figures = pd.DataFrame(measured()["runs"]).T
     return published().merge(figures.drop(columns="weights").astype(float), left_on="run", right_index=True)
 
-def differences(runs: pd.DataFrame, figure: str) -> pd.DataFrame:
+# %% ../nbs/21_attention_study.ipynb #c0908088
+def differences(
+    runs: pd.DataFrame,  # as `agreement_runs` gives them
+    figure: str,  # column to compare
+) -> pd.DataFrame:
     "`paired`, with the baseline first, then in the order of the methods"
     p = paired(runs, figure)
     place = {m: k for k, m in enumerate(METHOD_ORDER)}
     return p.iloc[p.variant.map(lambda v: (place.get(v.split(" ")[0], 99), "untrained" in v, v)).argsort()]
 
-def higher(p) -> str:
+# %% ../nbs/21_attention_study.ipynb #6f6b8ab9
+def higher(
+    p,  # a row of `paired`
+) -> str:
     "What the interval says of a figure of which more is not better"
     return {"better": "higher", "worse": "lower"}.get(verdict(p), verdict(p))
 
+# %% ../nbs/21_attention_study.ipynb #73655fa2
 def agreement_table(
     figures: list = list(SHOWN),  # of SHOWN
     last: bool = False,  # of the last layer only, instead of the mean over layers
@@ -169,7 +189,7 @@ def agreement_table(
             row["less none's" + " " * len(row)] = "" if p.variant == "none" else f"{interval(p.gain, p.low, p.high)} {higher(p)}"
     return pd.DataFrame(rows.values())
 
-# %% ../nbs/21_attention_study.ipynb #f23a1078
+# %% ../nbs/21_attention_study.ipynb #49c594ea
 def draw_agreement() -> plt.Figure:
     "Paired differences of two figures to no distillation, with 95 % intervals"
     runs = agreement_runs()
@@ -184,6 +204,7 @@ def draw_agreement() -> plt.Figure:
     fig.suptitle("What distillation changes about where a student looks (hollow: untrained teacher)", fontsize=9); fig.tight_layout()
     return fig
 
+# %% ../nbs/21_attention_study.ipynb #f23a1078
 def draw_example() -> plt.Figure:
     "Teacher and students on one object, first and last layer, from the committed points"
     e, val = json.loads((root() / "runs/published/attention_example.json").read_text()), load_data("toy")["val"]

@@ -55,7 +55,10 @@ def header(data: bytes, limits: Limits) -> Image.Image:
                       "are accepted: make it smaller")
     return im
 
-def decode(data: bytes, limits: Limits) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
+def decode(
+    data: bytes,  # of a file
+    limits: Limits,  # on pixels and sides, checked before anything is unfolded
+) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
     "The bytes of a file as pixels, first frame only; `Refused` if they are none"
     im = header(data, limits)
     try: return pixels_of(im, data), orientation(im)

@@ -23,7 +23,7 @@ from .model import RTDETR, top_detections
 # %% ../nbs/21_deploy.ipynb #7cd22434
 def as_conv(
     first: nn.Conv2d,  # 1×1, with a bias
-    then: nn.Linear,
+    then: nn.Linear,  # its inputs are the outputs of `first`
 ) -> nn.Conv2d:
     "`then(first(x))` as one 1×1 convolution"
     P, W = first.weight.flatten(1), then.weight

@@ -59,7 +59,7 @@ def foreground(
     "How sure the teacher is that a query shows something: w = max over classes of its score"
     return logits.float().sigmoid().amax(-1)
 
-# %% ../nbs/12_distill.ipynb #163bcd89
+# %% ../nbs/12_distill.ipynb #634f4d82
 PER_LAYER = "queries reference logits boxes sampling_points sampling_weights".split()  # (l,b,q,...) in Signals
 
 def take(
@@ -73,6 +73,7 @@ def take(
     kept = {k: of(getattr(s, k)) for k in PER_LAYER if getattr(s, k) is not None}
     return replace(s, **kept, index=None if s.index is None else s.index.gather(1, rows))
 
+# %% ../nbs/12_distill.ipynb #163bcd89
 def surest(
     out: Output,  # the teacher's, with signals
     k: int = 100,  # at most

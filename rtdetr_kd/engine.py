@@ -75,7 +75,9 @@ class Engine:  # GPU only
         self.stream.synchronize()
         return {n: host[n].numpy().copy() for n in self.names[1:]}
 
-def open_engine(path) -> Runner:  # GPU only
+def open_engine(
+    path,  # *.engine, with its stamp beside it
+) -> Runner:  # GPU only
     "An engine that `build_engine` built on this GPU; raises `ImportError` or `ValueError`"
     trt = import_trt()
     s = check_stamp(path, trt, torch.cuda.get_device_name())
@@ -91,7 +93,7 @@ def open_engine(path) -> Runner:  # GPU only
 LIMITS = dict(fp32=dict(score=.02, iou=.99), fp16=dict(score=.05, iou=.9), int8=dict(score=.3, iou=.5))
 
 def self_check(
-    engine: Runner,
+    engine: Runner,  # what is to be trusted
     reference: Runner,  # of the fp32 ONNX file
     images: np.ndarray,  # (b,size,size,3) uint8, real ones
 ):

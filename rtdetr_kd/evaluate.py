@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'RANGES', 'RECALLS', 'FIGURES', 'Rows', 'numbers', 'row
            'curve', 'curves_of', 'contents', 'coco_ap', 'predict', 'evaluate']
 
 # %% ../nbs/11_evaluate.ipynb #0a771081
-import json
+import json, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,12 +173,14 @@ def predict(
     limit: int = 300,  # detections an image, over all classes; RT-DETR's own number
     workers: int = 0,
     classes: dict | None = None,  # the model's class number -> the split's, where they differ; others are left out
+    every: float = 15.,  # seconds between two lines that say how far it is
 ) -> list:  # COCO's result format: the file's own ids, xywh in pixels of the image
     "Detections in all images of a split"
     model.eval()
-    dev, out, ids = next(model.parameters()).device, [], split.ids.tolist()
-    for images, targets in loader(Images(split, model.spec.image_size), in_order(len(split), batch), workers):
+    dev, out, ids, said = next(model.parameters()).device, [], split.ids.tolist(), time.time()
+    for k, (images, targets) in enumerate(loader(Images(split, model.spec.image_size), in_order(len(split), batch), workers)):
         o = model(images.to(dev).float() / 255)
+        if time.time() - said > every: said = time.time(); print(f"  {split.name}: {k * batch + len(images)} of {len(split)} images looked at", flush=True)
         for t, s, c, b in zip(targets, *(v.cpu() for v in top_detections(o.logits, o.boxes, limit))):
             x1, y1, x2, y2 = to_pixels(b, width=t["size"][1], height=t["size"][0]).double().unbind(-1)
             boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (limit,4)

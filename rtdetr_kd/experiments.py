@@ -13,7 +13,9 @@ from pathlib import Path
 VALUED = {"-p": 2, "--parameters": 2, "-r": 2, "--parameters_raw": 2, "--parameters-raw": 2}  # options by how many words follow
 FLAGS = re.compile(r"--(inject-\w+(-\w+)?|(no-)?(request-save-on-cell-execute|progress-bar|log-output|report-mode|prepare-only)|prepare-only|version|help)$|-h$")
 
-def positional(argv: list) -> list:
+def positional(
+    argv: list,  # papermill's words
+) -> list:
     "The words of a papermill command that are neither options nor their values"
     out, k = [], 0
     while k < len(argv):
@@ -25,7 +27,9 @@ def positional(argv: list) -> list:
     return out
 
 # %% ../nbs/19_experiments.ipynb #749c7ce1
-def project_of(notebook: str) -> Path | None:
+def project_of(
+    notebook: str,  # its path
+) -> Path | None:
     "The project folder whose `nbs/` holds the notebook, if it is one of ours"
     nb = Path(notebook).resolve()
     ini = nb.parent.parent / "settings.ini"

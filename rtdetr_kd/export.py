@@ -80,7 +80,7 @@ def hushed(*loggers):
 
 # %% ../nbs/22_export.ipynb #91953664
 def write_onnx(
-    model: RTDETR,
+    model: RTDETR,  # trained; it is copied
     path,  # *.onnx
     precision: str = "fp32",  # or fp16: convolutions in half precision
     post: str = "fractions",  # fractions, pixels or none: what the graph takes and gives, see 21_deploy

@@ -33,12 +33,18 @@ def pair_levels(
         F.interpolate(s, t.shape[-2:], mode="bilinear", align_corners=False)
     return [(size(full(s), t), full(t)) for s, t in zip(student[-n:], teacher[-n:])]
 
-# %% ../nbs/14_features.ipynb #2890de8e
-def width(model: RTDETR) -> int:
+# %% ../nbs/14_features.ipynb #e42fd704
+def width(
+    model: RTDETR,
+) -> int:
     "Channels of the encoder's maps"
     return model.spec.d_encoder or model.spec.d
 
-def adapters(student: RTDETR, teacher: RTDETR) -> nn.ModuleList:
+# %% ../nbs/14_features.ipynb #2890de8e
+def adapters(
+    student: RTDETR,
+    teacher: RTDETR,
+) -> nn.ModuleList:
     "A 1×1 convolution for each pair of levels"
     n = min(student.spec.levels, teacher.spec.levels)
     return nn.ModuleList(nn.Conv2d(width(student), width(teacher), 1) for _ in range(n))
@@ -174,7 +180,7 @@ class CWD(Method):
         apart = [channel_kl(s, t, self.tau) for s, t in adapted(student, teacher, self.adapters)]
         return dict(kd_cwd=torch.stack(apart).mean())
 
-# %% ../nbs/14_features.ipynb #714c1395
+# %% ../nbs/14_features.ipynb #1f365e75
 def random_mask(
     x: Tensor,  # (b,c,h,w)
     ratio: float = .65,  # the share of places that are hidden
@@ -183,6 +189,7 @@ def random_mask(
     u = torch.rand(len(x), 1, *x.shape[-2:], device=x.device)
     return (u >= ratio).to(x.dtype)
 
+# %% ../nbs/14_features.ipynb #714c1395
 def generator(
     d: int,  # channels
 ) -> nn.Sequential:

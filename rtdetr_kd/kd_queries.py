@@ -21,7 +21,11 @@ from .kd_logits import partners
 from .model import RTDETR, Output, Signals
 
 # %% ../nbs/15_queries.ipynb #0963255c
-def by_index(student: Output, teacher: Output, same_classes: bool = True) -> tuple:  # Signals, Signals
+def by_index(
+    student: Output,
+    teacher: Output,
+    same_classes: bool = True,  # not used: the index asks for nothing
+) -> tuple:  # Signals, Signals
     "Row by row: the first min(Qs,Qt) queries"
     s, t = student.signals, teacher.signals
     b, n = s.logits.shape[1], min(s.logits.shape[2], t.logits.shape[2])
@@ -29,20 +33,32 @@ def by_index(student: Output, teacher: Output, same_classes: bool = True) -> tup
     return take(s, rows), take(t, rows)
 
 # %% ../nbs/15_queries.ipynb #b5b69947
-def by_hungarian(student: Output, teacher: Output, same_classes: bool = True) -> tuple:  # Signals, Signals
+def by_hungarian(
+    student: Output,
+    teacher: Output,
+    same_classes: bool = True,  # whether scores may be compared by column
+) -> tuple:  # Signals, Signals
     "Queries that predict alike"
     s, t = student.signals, teacher.signals
     _, q, r = partners(s, t, same_classes)
     b = s.logits.shape[1]
     return take(s, q.view(b, -1)), take(t, r.view(b, -1))
 
-# %% ../nbs/15_queries.ipynb #7714fcb9
-def beside(a: Signals, b: Signals) -> Signals:
+# %% ../nbs/15_queries.ipynb #518b5780
+def beside(
+    a: Signals,  # (l,b,q,…)
+    b: Signals,  # (l,b,k,…)
+) -> Signals:  # (l,b,q+k,…)
     "The queries of both in one row"
     both = {k: torch.cat([getattr(a, k), getattr(b, k)], 2) for k in PER_LAYER if getattr(a, k) is not None}
     return replace(a, **both, index=None)
 
-def by_questions(student: Output, teacher: Output, same_classes: bool = True) -> tuple:  # Signals, Signals
+# %% ../nbs/15_queries.ipynb #7714fcb9
+def by_questions(
+    student: Output,
+    teacher: Output,
+    same_classes: bool = True,  # not used: nothing is searched
+) -> tuple:  # Signals, Signals
     "The same questions, the teacher's own and those by lot"
     s, own, lots = student.shared, teacher.signals, teacher.shared
     if lots is None: return s, own
@@ -126,7 +142,12 @@ class QueryKD(Method):
 
 # %% ../nbs/15_queries.ipynb #0c8ff282
 @patch
-def forward(self: QueryKD, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+def forward(self: QueryKD,
+    student: Output,  # with signals, and the shared group if it asks
+    teacher: Output,
+    targets=None,  # not used
+    progress: float = 0.,  # not used
+) -> dict:  # named terms, unweighted
     "The terms kd_score, kd_box, kd_query and kd_attention"
     s, t = self.pair(student, teacher, self.same_classes)
     w = foreground(t.logits[-1])  # (b,k)

@@ -19,7 +19,7 @@ from .model import RTDETR, Output
 # %% ../nbs/16_schedules.ipynb #855ba777
 METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, mgd=MGD, query=QueryKD)
 
-# %% ../nbs/16_schedules.ipynb #42284eee
+# %% ../nbs/16_schedules.ipynb #6ab6a5e5
 class Mix(Method):
     "Several methods, each brought to one scale and weighted"
     def __init__(self,
@@ -40,7 +40,11 @@ class Mix(Method):
         return {k: w[n] * self.scale[n] * v for n, m in self.parts.items()
                 for k, v in m(student, teacher, targets, progress).items()}
 
-def parts_of(method: Method, name: str) -> dict:
+# %% ../nbs/16_schedules.ipynb #42284eee
+def parts_of(
+    method: Method,
+    name: str,  # of the method
+) -> dict:  # name: Method
     "A mixture's parts, or the method itself as the only part"
     return dict(method.parts) if isinstance(method, Mix) else {name: method}
 
@@ -60,12 +64,15 @@ def curriculum(
     first, second = ("logit", "feature") if shape.endswith("_inverse") else ("feature", "logit")
     return lambda progress: {first: f(progress), second: 1 - f(progress)}
 
-# %% ../nbs/16_schedules.ipynb #f5034b01
-def known_method(name: str) -> bool:
+# %% ../nbs/16_schedules.ipynb #20bf5bce
+def known_method(
+    name: str,
+) -> bool:
     "Whether a name is a method, or a sum of different ones"
     parts = name.split("+")
     return name in (*METHODS, "stage") or (len(parts) > 1 and len(set(parts)) == len(parts) and all(METHODS.get(p) for p in parts))
 
+# %% ../nbs/16_schedules.ipynb #f5034b01
 def make_method(
     name: str,  # of METHODS, stage, or a sum such as query+logit
     student: RTDETR,

@@ -28,8 +28,8 @@ from .verify import runner_ap
 def evaluate(
     path,  # .safetensors, .onnx, .xml, .engine or .plan
     data: str = "toy",  # toy, coco, or a folder in COCO's format
-    split: str = "val",
-    batch: int = 8,
+    split: str = "val",  # train, select or val
+    batch: int = 8,  # images in a call
     **options,  # for `open_model`: threads, device, precision
 ) -> dict:  # COCO's twelve figures
     "AP of an exported file"
@@ -39,8 +39,8 @@ def evaluate(
 def race(
     runners: dict,  # name -> function of a batch of images
     images: np.ndarray,  # (b,size,size,3) uint8
-    rounds: int = 30,
-    warmup: int = 3,
+    rounds: int = 30,  # that count
+    warmup: int = 3,  # rounds before, that do not
     seconds: float = 60.,  # stop after this long, with at least 5 rounds
 ) -> dict:  # name -> seconds of each round (rounds,)
     "All backends in turns"
@@ -60,7 +60,11 @@ status = pathlib.Path("/proc/self/status")  # Linux; getrusage would count what 
 peak = [l.split()[1] for l in status.read_text().splitlines() if l.startswith("VmHWM")] if status.exists() else []
 print(int(peak[0] if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) // 1024)"""
 
-def peak_memory(path, batch: int = 1, threads: int = 0) -> int:  # MiB
+def peak_memory(
+    path,  # as for `open_model`
+    batch: int = 1,  # images in the call
+    threads: int = 0,  # as for `open_model`
+) -> int:  # MiB
     "What opening a file and running it once adds to a process"
     kind = {".onnx": "onnxruntime", ".xml": "openvino"}.get(Path(path).suffix, "torch")
     ask = lambda p: int(subprocess.run([sys.executable, "-c", f"import {kind}\n" + MEMORY, p, str(threads), str(batch)],
@@ -107,8 +111,8 @@ def measure(
     runners: dict,  # name of the row -> (Runner, its file); the first is the reference
     split: Split,  # to measure AP on; the published tables use val
     batch: int = 8,  # for the throughput
-    rounds: int = 30,
-    memory: bool = True,
+    rounds: int = 30,  # of the latency; a third as many of the throughput
+    memory: bool = True,  # measure it too, in a fresh process for each
 ) -> pd.DataFrame:
     "AP, latency at batch 1, throughput at batch `batch`, size, memory and energy"
     first = next(iter(runners.values()))[0]

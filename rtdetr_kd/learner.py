@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .annotations import Split, ground_truth, part
 from .boxes import draw
@@ -119,7 +120,7 @@ def run(self: Learner) -> dict:
 def track(self: Learner):
     "Open the keeper of curves, or go on in its"
     name = self.folder.name
-    more = dict(tensorboard=dict(purge_step=self.step), wandb=dict(name=name, id=name, resume="allow"), trackio=dict(name=name, resume="allow"))
+    more = dict(tensorboard=dict(purge_step=self.step), wandb=dict(name=name, id=name, resume="allow", dir=str(self.folder)), trackio=dict(name=name, resume="allow"))
     if self.c.tracker != "none": self.acc.init_trackers("tensorboard" if self.c.tracker == "tensorboard" else "rtdetr_kd", asdict(self.c), more)
 
 # %% ../nbs/18_learner.ipynb #9d4a16de
@@ -162,11 +163,12 @@ def read_log(folder: Path) -> list:
 def curves(folder: Path):
     "Training curves of a run: loss by kind, AP on the select split"
     log = read_log(folder)
-    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 3))
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9.5, 3))
     for k in log[0]:
         if k not in ("epoch", "loss", "lr", "images_per_s", "step", "seconds", "lam") and not k.startswith("select"):
-            a.plot([r["epoch"] for r in log], [r[k] for r in log], label=k)
-    a.set(yscale="log", xlabel="epoch", title="Loss by kind (vfl may rise: its target is the IoU)"); a.legend(fontsize=7, ncol=2)
+            a.plot([r["epoch"] for r in log], [r[k] for r in log], "--" if k.startswith("kd_") else "-", label=k)
+    a.set(yscale="log", xlabel="epoch", title="Loss by kind (vfl may rise: its target is the IoU)"); a.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    a.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); a.yaxis.set_major_formatter("{x:g}"); a.yaxis.set_minor_locator(NullLocator())
     rows = [r for r in log if "select_AP" in r]
     for k, m in (("AP", "o-"), ("AP50", "s--"), ("AP75", "^:")): b.plot([r["epoch"] for r in rows], [r[f"select_{k}"] for r in rows], m, label=k)
     b.set(ylim=(0, 1), xlabel="epoch", title="AP on the select split"); b.legend(fontsize=7)

@@ -20,7 +20,7 @@ from .data import load_data
 from .evaluate import RECALLS, by_cell, coco_ap, curve, match, numbers, outside, predict, rows_of
 from .weights import load_model
 
-# %% ../nbs/20_matches.ipynb #492eedab
+# %% ../nbs/20_matches.ipynb #ddf064a2
 @dataclass
 class Matches:
     "What AP needs to know of a model's detections in a split"
@@ -34,7 +34,14 @@ class Matches:
     @property
     def images(self): return self.truth.shape[2]
 
-def kept_rows(right: np.ndarray, cls: np.ndarray, code: np.ndarray, image: np.ndarray, classes: int) -> np.ndarray:
+# %% ../nbs/20_matches.ipynb #492eedab
+def kept_rows(
+    right: np.ndarray,  # (n,a,t) bool, in COCO's order
+    cls: np.ndarray,  # (n,) class of each detection, rising
+    code: np.ndarray,  # (n,) number of its pattern of bits
+    image: np.ndarray,  # (n,) position of its image
+    classes: int,
+) -> np.ndarray:  # (k,) rows that are kept, in their new order
     "Detections up to the last right one of each class; wrong ones between two right ones by pattern and image"
     ever = right.any((1, 2))
     last = np.array([np.flatnonzero(ever & (cls == c)).max(initial=-1) for c in range(classes)])
@@ -42,17 +49,20 @@ def kept_rows(right: np.ndarray, cls: np.ndarray, code: np.ndarray, image: np.nd
     gap = np.cumsum(ever[keep])
     return keep[np.lexsort((image[keep], code[keep], ~ever[keep], gap, cls[keep]))]
 
-# %% ../nbs/20_matches.ipynb #6d9024df
-def patterns(*bits: np.ndarray) -> tuple:  # the different rows, packed; which of them each row is
+# %% ../nbs/20_matches.ipynb #e487a6af
+def patterns(
+    *bits: np.ndarray,  # (n,a,t) each
+) -> tuple:  # the different rows, packed; which of them each row is (n,)
     "Equal rows of (n,a,t) bits, named"
     packed = np.packbits(np.concatenate([b.reshape(len(b), 40) for b in bits], 1), axis=1)
     rows, code = np.unique(packed, axis=0, return_inverse=True)
     return rows, code.ravel()
 
+# %% ../nbs/20_matches.ipynb #6d9024df
 def matches_of(
     gt: dict,  # COCO's format, as `ground_truth` makes it
     found: list,  # predictions
-    max_dets: int = 100,
+    max_dets: int = 100,  # of an image
 ) -> Matches:
     "Match once: COCO's greedy matching, as in `evaluate`"
     image, cat = numbers(gt["images"], "images"), numbers(gt["categories"], "categories")
@@ -84,16 +94,26 @@ def figures(
     parts = [p[..., 0], p[:1, ..., 0], p[5:6, ..., 0], *(p[..., a] for a in (1, 2, 3))]
     return {k: float(x[x > -1].mean()) if (x > -1).any() else None for k, x in zip(NAMES, parts)}
 
-# %% ../nbs/20_matches.ipynb #0c37b65c
-def reached(G: np.ndarray) -> tuple:  # table, where each resample's part starts in it
+# %% ../nbs/20_matches.ipynb #9b4b85c4
+def reached(
+    G: np.ndarray,  # (r,) true boxes in each resample
+) -> tuple:  # table, where each resample's part starts in it (r,)
     "How many of the 101 recalls are at most n/G, for n = 0..G and each G (r,)"
     kinds, which = np.unique(G, return_inverse=True)
     start = np.append(0, np.cumsum(kinds + 1))
     table = np.concatenate([np.searchsorted(RECALLS, np.arange(g + 1) / max(g, 1), "right") for g in kinds])
     return table.astype(float), start[which]
 
-def class_ap(E: np.ndarray, F: np.ndarray, right: np.ndarray, wrong: np.ndarray, table: np.ndarray, at: np.ndarray) -> np.ndarray:  # (r,)
-    "AP of one class, range and threshold: events (j,r), wrong ones before each (j,r), bits (j,)"
+# %% ../nbs/20_matches.ipynb #0c37b65c
+def class_ap(
+    E: np.ndarray,  # (j,r) how often each event counts
+    F: np.ndarray,  # (j,r) wrong ones before each event
+    right: np.ndarray,  # (j,) bool, at this threshold
+    wrong: np.ndarray,  # (j,) bool
+    table: np.ndarray,  # of `reached`
+    at: np.ndarray,  # (r,) where each resample's part starts in it
+) -> np.ndarray:  # (r,)
+    "AP of one class, range and threshold"
     if not right.any(): return np.zeros(E.shape[1])
     tp = E[right].cumsum(0)
     fp = (F + E * wrong[:, None]).cumsum(0)[right]
@@ -101,9 +121,15 @@ def class_ap(E: np.ndarray, F: np.ndarray, right: np.ndarray, wrong: np.ndarray,
     upto = table[tp.astype(int) + at]  # recalls reached after each event (j,r)
     return (p * np.diff(upto, axis=0, prepend=0)).sum(0) / 101
 
-# %% ../nbs/20_matches.ipynb #e3ca0e39
-def class_aps(m: Matches, c: int, a: int, W: np.ndarray, G: np.ndarray) -> np.ndarray:  # (10,r)
-    "AP of a class and range at each threshold, for weights (i,r)"
+# %% ../nbs/20_matches.ipynb #1261a20e
+def class_aps(
+    m: Matches,
+    c: int,  # class
+    a: int,  # range of area
+    W: np.ndarray,  # (i,r) how often each image counts
+    G: np.ndarray,  # (r,) true boxes of the class
+) -> np.ndarray:  # (10,r)
+    "AP of a class and range at each threshold"
     own = slice(m.start[c], m.start[c + 1])
     right, wrong, image = m.right[own, a], m.wrong[own, a], m.image[own]
     event = right.any(1) | (wrong.any(1) & ~wrong.all(1))
@@ -118,6 +144,7 @@ def class_aps(m: Matches, c: int, a: int, W: np.ndarray, G: np.ndarray) -> np.nd
         for t in range(10): out[t, r] = class_ap(E, F, right[event, t], wrong[event, t], table, at[r])
     return out
 
+# %% ../nbs/20_matches.ipynb #e3ca0e39
 def resampled(
     m: Matches,
     weights: np.ndarray,  # (r,i) how often each image counts in each resample
@@ -137,12 +164,19 @@ def resampled(
         return np.stack([mean(ap[all_of[k]]) for k in names], 1)
 
 # %% ../nbs/20_matches.ipynb #b077535a
-def draws(images: int, n: int = 1000, seed: int = 0) -> np.ndarray:  # (n, images)
+def draws(
+    images: int,
+    n: int = 1000,  # resamples
+    seed: int = 0,
+) -> np.ndarray:  # (n, images)
     "How often each image is drawn, in each resample: the same for all models, so that differences are paired"
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
 
-# %% ../nbs/20_matches.ipynb #8aaae102
-def save(m: Matches, path: Path):
+# %% ../nbs/20_matches.ipynb #e982e896
+def save(
+    m: Matches,
+    path: Path,  # of the file
+):
     "About a hundred kilobytes for 800 images"
     rows, code = patterns(m.right, m.wrong)
     step = np.diff(m.image, prepend=0) % m.images
@@ -152,7 +186,10 @@ def save(m: Matches, path: Path):
              shape=m.truth.shape, at=np.ravel_multi_index(at, m.truth.shape).astype(np.uint32), truth=m.truth[at])
     Path(path).write_bytes(lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME))
 
-def load(path: Path) -> Matches:
+# %% ../nbs/20_matches.ipynb #8aaae102
+def load(
+    path: Path,  # of the file
+) -> Matches:
     "What `save` wrote; raises ValueError for another file"
     try: z = np.load(io.BytesIO(lzma.decompress(Path(path).read_bytes())))
     except (lzma.LZMAError, ValueError, OSError) as e: raise ValueError(f"{path} cannot be read as matches ({type(e).__name__}): write it anew with python -m rtdetr_kd.matches RUN") from None
@@ -168,7 +205,7 @@ FILE = "matches.npz.xz"
 def store(
     run: Path,  # folder of a finished run
     to: Path | None = None,  # folder to write to; None: the run's own
-    split: Split | None = None,
+    split: Split | None = None,  # None: val of the run's data
 ) -> dict:  # the six figures
     "Evaluate a run's best weights on val, as the learner did, and keep the matches; raises ValueError if AP is not the run's"
     run, said = Path(run), json.loads((Path(run) / "metrics.json").read_text())

@@ -158,11 +158,11 @@ def tensorrt_takes(path) -> list:  # complaints, empty if there are none
 # %% ../nbs/23_quantize.ipynb #0e4cb9de
 def sensitivity(
     file,  # fp32 ONNX
-    recipe: dict,
+    recipe: dict,  # from `calibrate`, with the ranges of these parts
     split: Split,  # to measure AP on; not val
     folder,  # for the files in between
-    parts: tuple = tuple(PARTS),
-    target: str = "openvino",
+    parts: tuple = tuple(PARTS),  # one after the other
+    target: str = "openvino",  # onnxruntime, openvino or tensorrt
 ) -> list:  # dicts part, AP, loss; the first row is float, the last everything
     "AP with one part in integers at a time; of all parts, with the default ones and everything too"
     base = runner_ap(open_model(file), split)["AP"]
@@ -179,9 +179,9 @@ def gate(
     path,  # where the quantised model goes: *.onnx, or *.xml for OpenVINO
     calibration: Split,  # images without labels, not val
     select: Split,  # to measure AP on, not val
-    target: str = "onnxruntime",
+    target: str = "onnxruntime",  # openvino, tensorrt
     methods: tuple = ("entropy", "percentile", "minmax"),  # tried in this order until one passes
-    parts: tuple = DEFAULT,
+    parts: tuple = DEFAULT,  # what becomes integers
     loss: float = .01,  # of AP, at most
     images: int = 128,  # to calibrate on
 ) -> dict:  # method, AP, AP_float, tried

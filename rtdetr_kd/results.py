@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KD', 'METHOD_ORDER', 'BLOCKS', 'read_runs', 'published', 'publish', 'reproduce', 'pm', 'variant', 'same_budget',
-           'paired', 'verdict', 'untrained', 'over_control', 'interval', 'method_table', 'markdown', 'draw_gains',
-           'fill', 'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'memory_block', 'latency_block',
-           'update_readme', 'draw_readme']
+           'paired', 'verdict', 'untrained', 'over_control', 'interval', 'method_table', 'markdown', 'fill',
+           'toy_study', 'strengths', 'study_table', 'toy_block', 'bccd_block', 'memory_block', 'speed_block',
+           'latency_block', 'update_readme', 'draw_readme']
 
 # %% ../nbs/20_results.ipynb #ce22f7f1
 import argparse, json, re, shutil
@@ -23,7 +23,7 @@ from .data import load_data
 from .learner import beside_truth, train
 from .weights import load_model
 
-# %% ../nbs/20_results.ipynb #0917aafe
+# %% ../nbs/20_results.ipynb #e8bbf074
 def read_runs(
     folder: Path,  # that holds run folders
 ) -> pd.DataFrame:  # a row for each finished run: its settings and its figures
@@ -35,6 +35,7 @@ def read_runs(
         rows.append({f"{k}_found" if k in ("lam", "teacher") else k: v for k, v in found.items()} | config | dict(run=path.parent.name))
     return pd.DataFrame(rows)
 
+# %% ../nbs/20_results.ipynb #0917aafe
 def published() -> pd.DataFrame:
     "The runs whose result files are in git"
     return read_runs(root() / "runs" / "published")
@@ -73,7 +74,9 @@ def reproduce(
     return new
 
 # %% ../nbs/20_results.ipynb #4d5c8686
-def pm(x: pd.Series) -> str:
+def pm(
+    x: pd.Series,  # a figure of each seed
+) -> str:
     "mean ± sd, or the one number there is"
     return f"{x.mean():.3f} ± {x.std():.3f}" if len(x) > 1 else f"{x.iloc[0]:.3f}"
 
@@ -95,16 +98,19 @@ def variant(
     if run.get("alignment", "shared") != "shared": told.insert(0, f"{run.alignment}")
     return run.method + (f" ({', '.join(told)})" if told else "")
 
-# %% ../nbs/20_results.ipynb #18ead7dc
-def same_budget(runs: pd.DataFrame):
-    "Refuse runs that differ in more than method, seed and settings of distillation"
+# %% ../nbs/20_results.ipynb #87a71423
+def same_budget(
+    runs: pd.DataFrame,  # as `read_runs` gives them
+):
+    "Refuse runs that differ in more than method, seed and settings of distillation: raises ValueError"
     free = {*FREE, *KD, "method", "seed", "kd_points", "pilot", "cache", "cache_views", "shuffle_teacher"}
     mixed = [k for k in asdict(Config()) if k in runs and k not in free and runs[k].astype(str).nunique() > 1]
     if mixed: raise ValueError(f"these runs differ in {', '.join(mixed)}: a table compares runs of one budget; select them first")
 
+# %% ../nbs/20_results.ipynb #18ead7dc
 def paired(
     runs: pd.DataFrame,  # of one data set, size and budget
-    figure: str = "AP",
+    figure: str = "AP",  # column to compare
 ) -> pd.DataFrame:  # variant, n, mean, sd; gain, low, high: the paired difference to none and its 95 % interval
     "Each variant against the baseline of its own seeds; raises ValueError where a baseline is missing"
     same_budget(runs)
@@ -121,23 +127,29 @@ def paired(
         rows.append(dict(variant=v, n=n, mean=r.mean(), sd=r.std(), gain=d.mean(), low=d.mean() - half, high=d.mean() + half))
     return pd.DataFrame(rows)
 
-# %% ../nbs/20_results.ipynb #60496df1
+# %% ../nbs/20_results.ipynb #834c9956
 METHOD_ORDER = ["none", "logit", "feature", "cwd", "mgd", "stage", "query"]
 
-def verdict(p) -> str:
+def verdict(
+    p,  # a row of `paired`
+) -> str:
     "What the interval says, in words"
     if p.variant == "none": return "the baseline"
     if p.n < 2: return "one seed: not ranked"
     return "better" if p.low > 0 else "worse" if p.high < 0 else "no difference shown"
 
-def untrained(v: str) -> str:
+# %% ../nbs/20_results.ipynb #fa19891c
+def untrained(
+    v: str,  # a variant
+) -> str:
     "The name of a variant's control"
     return f"{v[:-1]}, untrained teacher)" if v.endswith(")") else f"{v} (untrained teacher)"
 
+# %% ../nbs/20_results.ipynb #97851b87
 def over_control(
     runs: pd.DataFrame,  # of one data set, size and budget
     v: str,  # a variant
-    figure: str = "AP",
+    figure: str = "AP",  # column to compare
 ) -> tuple | None:  # n, gain, low, high; None where the control has not been run
     "A variant against the same method with an untrained teacher, seed by seed: what is left is distillation"
     named = runs.assign(variant=[variant(r) for _, r in runs.iterrows()]).set_index("seed")
@@ -147,14 +159,20 @@ def over_control(
     half = stats.t.ppf(.975, len(d) - 1) * d.std() / len(d)**.5 if len(d) > 1 else float("nan")
     return len(d), d.mean(), d.mean() - half, d.mean() + half
 
-def interval(gain: float, low: float, high: float) -> str:
+# %% ../nbs/20_results.ipynb #4988727d
+def interval(
+    gain: float,
+    low: float,  # nan where there is one seed only
+    high: float,
+) -> str:
     "A difference and its interval"
     return f"{gain:+.3f}" + ("" if low != low else f" [{low:+.3f}, {high:+.3f}]")
 
+# %% ../nbs/20_results.ipynb #60496df1
 def method_table(
     runs: pd.DataFrame,  # of one data set, size and budget
 ) -> pd.DataFrame:  # a row for each variant
-    "AP on val over seeds, and the paired difference to none"
+    "AP on val over seeds, and the paired difference to none; raises ValueError as `paired` does"
     p = paired(runs)
     rank = lambda v: (METHOD_ORDER.index(v.split(" ")[0]) if v.split(" ")[0] in METHOD_ORDER else 99, "untrained" in v, v)
     rows, named = [], runs.assign(variant=[variant(r) for _, r in runs.iterrows()])
@@ -166,31 +184,12 @@ def method_table(
     return pd.DataFrame(rows)
 
 # %% ../nbs/20_results.ipynb #b3c9700c
-def markdown(t: pd.DataFrame) -> str:
+def markdown(
+    t: pd.DataFrame,
+) -> str:
     "A pipe table"
     line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
     return "\n".join([line(t.columns), line(["---"] * len(t.columns)), *(line(r) for r in t.itertuples(index=False))])
-
-# %% ../nbs/20_results.ipynb #8f3f12bc
-def draw_gains(
-    runs: pd.DataFrame,  # of one data set, size and budget
-) -> plt.Figure:
-    "Paired differences to none, with 95 % intervals"
-    p = paired(runs)
-    p = p[p.variant != "none"].sort_values("gain")
-    named = runs.assign(variant=[variant(r) for _, r in runs.iterrows()])
-    base = named[named.variant == "none"].set_index("seed").AP
-    fig, ax = plt.subplots(figsize=(6, .8 + .36 * len(p)))
-    for y, q in enumerate(p.itertuples()):
-        r = named[named.variant == q.variant]
-        if q.n > 1: ax.plot([q.low, q.high], [y, y], "k-", lw=1.5)
-        ax.plot(r.AP - base[r.seed].values, [y] * len(r), "o", mfc="w", mec=".4", ms=5)
-        ax.plot(q.gain, y, "kD", ms=6)
-    ax.axvline(0, color=".6", lw=1)
-    ax.set(yticks=range(len(p)), yticklabels=p.variant, xlabel="AP on val minus AP of none, same seed")
-    fig.suptitle("Gain over no distillation: seeds (circles), mean, 95 % interval", fontsize=9)
-    fig.tight_layout()
-    return fig
 
 # %% ../nbs/20_results.ipynb #0eb5e1fd
 def fill(
@@ -203,15 +202,20 @@ def fill(
     if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
-# %% ../nbs/20_results.ipynb #e79d0ec7
-def toy_study(runs: pd.DataFrame | None = None) -> pd.DataFrame:
+# %% ../nbs/20_results.ipynb #b3299f72
+def toy_study(
+    runs: pd.DataFrame | None = None,  # as `read_runs` gives them; None: the published ones
+) -> pd.DataFrame:
     "The published toy runs of the study: all methods at the ρ of the data set's defaults, and the controls"
     runs = published() if runs is None else runs
     runs = runs[runs.epochs == PRESETS["toy"]["epochs"]]
     control = runs.teacher.astype(str).str.startswith("random:") | (runs.get("shuffle_teacher", False) == True)
     return runs[(runs.data == "toy") & (runs["size"] == "toy") & ((runs.method == "none") | control | ((runs.rho == PRESETS["toy"]["rho"]) & (runs.lam == "auto")))]
 
-def strengths(runs: pd.DataFrame | None = None) -> pd.DataFrame:  # a row for each variant, a column for each ρ
+# %% ../nbs/20_results.ipynb #e79d0ec7
+def strengths(
+    runs: pd.DataFrame | None = None,  # as `read_runs` gives them; None: the published ones
+) -> pd.DataFrame:  # a row for each variant, a column for each ρ
     "AP on the select split at each ρ, seed 0: what the strength was chosen by"
     runs = published() if runs is None else runs
     auto = runs[(runs.data == "toy") & (runs["size"] == "toy") & (runs.method != "none") & (runs.lam == "auto") & (runs.seed == 0)]
@@ -219,12 +223,15 @@ def strengths(runs: pd.DataFrame | None = None) -> pd.DataFrame:  # a row for ea
     named = auto.assign(method=[variant(pd.concat([r.drop("rho"), pd.Series(dict(rho=own))])) for _, r in auto.iterrows()], rho=[f"ρ = {r:g}" for r in auto.rho])
     return named.pivot_table(index="method", columns="rho", values="select_AP").dropna()
 
-# %% ../nbs/20_results.ipynb #486f9fc2
+# %% ../nbs/20_results.ipynb #c0da4408
 def study_table() -> pd.DataFrame:
     "The study's table, as `python -m rtdetr_kd.study` computed it: intervals over seeds and images, corrected verdicts"
     return pd.DataFrame(json.loads((root() / "runs/published/study.json").read_text())["table"])
 
-def toy_block(runs: pd.DataFrame) -> str:
+# %% ../nbs/20_results.ipynb #06870090
+def toy_block(
+    runs: pd.DataFrame,  # the published ones
+) -> str:
     "The README's paragraph on the embedded data"
     toy, teacher = toy_study(runs), runs[runs.run == "toy_teacher"].iloc[0]
     r = toy.iloc[0]
@@ -234,21 +241,40 @@ def toy_block(runs: pd.DataFrame) -> str:
     by_strength = ", ".join(f"{n} {' / '.join(f'{v:.3f}' for v in r)}" for n, r in strengths(runs).iterrows())
     return f"{about}\n\n{markdown(study_table())}\n\nAP on select, seed 0, at {' / '.join(strengths(runs).columns)}: {by_strength}."
 
-def bccd_block(runs: pd.DataFrame) -> str:
+# %% ../nbs/20_results.ipynb #486f9fc2
+def bccd_block(
+    runs: pd.DataFrame,  # the published ones
+) -> str:
     "The README's sentence on the real data set"
     r = runs[runs.run == "bccd"].iloc[0]
     return (f"BCCD (blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
             f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
 
-# %% ../nbs/20_results.ipynb #851383ce
-def memory_block(runs: pd.DataFrame) -> str:
+# %% ../nbs/20_results.ipynb #51fe323f
+def memory_block(
+    runs: pd.DataFrame,  # not used: what is said comes from memory.json
+) -> str:
     "The README's sentence on memory"
     kept = json.loads((root() / "runs/published/memory.json").read_text())
     most = {r["checkpoint"]: r["batch"][0] for r in kept["rows"] if r["pair"] == "r18 from r50, 640 px"}  # of the smallest card
     return (f"A canonical R18 student (300 queries, three levels) distilled from R50 at 640 px in half precision fits a 4 GB card with batch {most['nothing']}, "
             f"and with batch {most['all']} where activations are computed again (predicted without a card; the predictor agrees with measured peaks on a CPU).")
 
-def latency_block(runs: pd.DataFrame) -> str:
+# %% ../nbs/20_results.ipynb #099b1948
+def speed_block(runs: pd.DataFrame) -> str:
+    "The README's sentence on the speed of a step, from the files that bench/train_step.py leaves"
+    def said(case):
+        r = json.loads((root() / f"bench/train_step_{case}.json").read_text())
+        return r, r["ratios"]
+    (c, r), (_, toy) = said("canonical"), said("toy")
+    k = c["case"]
+    return (f"A step of {k['size'].upper()} ← {k['teacher'].upper()} ({k['side']} px, batch {k['batch']}, {c['threads']} CPU threads) takes less processor time than the same step put together from transformers' models: "
+            f"{r['live_is_faster_by']:.2f}× with a live float32 teacher, {r['live_bf16_is_faster_by']:.2f}× with `teacher_precision bfloat16`, {r['cached_is_faster_by']:.2f}× with `cache disk`, which then costs {r['cached_costs_of_plain']:.2f} of a step without a teacher. "
+            f"On the toy pair: {toy['live_is_faster_by']:.2f}×, {toy['live_bf16_is_faster_by']:.2f}×, {toy['cached_is_faster_by']:.2f}×, and {toy['cached_costs_of_plain']:.2f} (`bench/train_step.py`, both in turns in one run).")
+
+def latency_block(
+    runs: pd.DataFrame,  # not used: what is said comes from latency/*.json
+) -> str:
     "The README's table of the exported students"
     lines = []
     for data, said in (("toy", "toy student"), ("bccd", "BCCD student, from an interrupted training")):
@@ -257,10 +283,13 @@ def latency_block(runs: pd.DataFrame) -> str:
         lines, m = lines + rows, kept["about"]["machine"]
     return markdown(pd.DataFrame(lines)) + f"\n\nMilliseconds of one image, median, on {m['cpu']}."
 
-BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, latency=latency_block)
+# %% ../nbs/20_results.ipynb #851383ce
+BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, speed=speed_block, latency=latency_block)
 
-def update_readme(check: bool = False):
-    "Fill the README's blocks from the published runs, or with `check` refuse a README that differs from them"
+def update_readme(
+    check: bool = False,  # only compare
+):
+    "Fill the README's blocks from the published runs, or with `check` refuse a README that differs from them: SystemExit"
     path = root() / "README.md"
     text = new = path.read_text(encoding="utf-8")
     for name, make in BLOCKS.items(): new = fill(new, name, make(published()))

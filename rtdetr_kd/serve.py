@@ -307,7 +307,7 @@ async def life(app: FastAPI):
 # %% ../nbs/26_serve.ipynb #a8874f3c
 def create_app(
     runner: Runner,  # from `open_model`
-    limits: Limits | None = None,
+    limits: Limits | None = None,  # None: the defaults of 26_batching
     threshold: float = .3,  # where a request names none
     token: str = "",  # that every request must bring; none if empty
     path=None,  # of the weights, to be read again on SIGHUP
@@ -362,8 +362,8 @@ def seconds(runner: Runner) -> float:
     return min(took[1:])
 
 def open_fit(
-    path,
-    cores: int,
+    path,  # as for `open_model`
+    cores: int,  # that the server may use
     **options,  # of `open_model`
 ) -> tuple:  # a Runner, the options it was opened with
     "A copy for each core (four at most) of a model that answers two pictures within 0.1 s so; any other with all cores"

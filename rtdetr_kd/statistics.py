@@ -20,11 +20,11 @@ from .config import root
 from .matches import FILE, Matches, draws, load, resampled
 from .results import toy_study, variant
 
-# %% ../nbs/20_statistics.ipynb #a41fd668
+# %% ../nbs/20_statistics.ipynb #722a42ab
 def with_draws(
     runs: pd.DataFrame,  # of one data set, as `toy_study` gives them
     n: int = 1000,  # resamples of the images
-    figures: tuple = ("AP",),
+    figures: tuple = ("AP",),  # of `matches.NAMES`
     folder: Path | None = None,  # of the run folders; None: the published ones
 ) -> pd.DataFrame:  # columns variant, and `draws`: (n, figures)
     "The runs with their APs on resamples of val; raises ValueError where matches are missing or of other data"
@@ -37,11 +37,12 @@ def with_draws(
         rows.append(resampled(m, W, list(figures)))
     return runs.assign(variant=runs.variant if "variant" in runs else [variant(r) for _, r in runs.iterrows()], draws=rows)
 
+# %% ../nbs/20_statistics.ipynb #a41fd668
 def differences(
     runs: pd.DataFrame,  # with draws
     a: str,  # a variant
     b: str,  # its control
-    figure: str = "AP",
+    figure: str = "AP",  # column of the runs
     k: int = 0,  # position of the figure in the draws
 ) -> tuple:  # seeds, D (s,), D on the resamples (r,s)
     "Paired by the seeds that both variants have; raises ValueError if there is none"
@@ -64,20 +65,34 @@ def variances(
     both = (Dr - mean[:, None]).var(0, ddof=1).sum() / (n - 1)  # seeds × images
     return D.var(ddof=1) / n, max(0., mean.var(ddof=1) - both / n)
 
-# %% ../nbs/20_statistics.ipynb #b35b760e
-def quantile(level: float, n: int, seed_part: float, image_part: float) -> float:
-    "Cochran's quantile, two-sided"
+# %% ../nbs/20_statistics.ipynb #4b902d5b
+def quantile(
+    level: float,  # two-sided, such as .05
+    n: int,  # seeds
+    seed_part: float,  # variance of the mean due to the seeds: s²/n
+    image_part: float,  # and due to the images: v
+) -> float:
+    "Cochran's quantile (1964): Student's and the normal one, weighted by the variances"
     z, t = stats.norm.isf(level / 2), stats.t.isf(level / 2, n - 1)
     return (t * seed_part + z * image_part) / (seed_part + image_part)
 
-def interval(D: np.ndarray, Dr: np.ndarray, level: float = .05) -> tuple:  # low, high
+# %% ../nbs/20_statistics.ipynb #fac6db5a
+def interval(
+    D: np.ndarray,  # (s,) differences
+    Dr: np.ndarray,  # (r,s) on resamples of the images
+    level: float = .05,  # 1 - the confidence
+) -> tuple:  # low, high
     "Interval of the mean difference over seeds and images; (nan, nan) of a single seed"
     if len(D) < 2: return math.nan, math.nan
     s, v = variances(D, Dr)
     half = quantile(level, len(D), s, v) * (s + v)**.5 if s + v else 0.
     return D.mean() - half, D.mean() + half
 
-def p_value(D: np.ndarray, Dr: np.ndarray) -> float:
+# %% ../nbs/20_statistics.ipynb #b35b760e
+def p_value(
+    D: np.ndarray,  # (s,) differences
+    Dr: np.ndarray,  # (r,s) on resamples of the images
+) -> float:
     "Two-sided: the level at which the interval ends at zero; nan of a single seed"
     if len(D) < 2: return math.nan
     s, v = variances(D, Dr)
@@ -88,13 +103,21 @@ def p_value(D: np.ndarray, Dr: np.ndarray) -> float:
     return 1. if excess(1 - 1e-12) >= 0 else brentq(excess, 1e-15, 1 - 1e-12, xtol=1e-16, rtol=1e-10)
 
 # %% ../nbs/20_statistics.ipynb #bc8152b8
-def sign_flip(D: np.ndarray) -> float:
+def sign_flip(
+    D: np.ndarray,  # (s,) differences
+) -> float:
     "Exact two-sided p-value over all choices of signs"
     signs = np.array(list(product((1, -1), repeat=len(D))))
     return float((abs(signs @ D) >= abs(D.sum()) - 1e-12).mean())
 
-# %% ../nbs/20_statistics.ipynb #c3a0cc7f
-def simulated(rng, seeds: int = 6, images: int = 100, sd_seed: float = .4, gain: float = .5) -> tuple:  # two lists of Matches
+# %% ../nbs/20_statistics.ipynb #49f4c439
+def simulated(
+    rng,  # numpy's generator
+    seeds: int = 6,
+    images: int = 100,
+    sd_seed: float = .4,  # between seeds, in units of an object's own luck
+    gain: float = .5,  # by which the method sees better, in the same unit
+) -> tuple:  # two lists of Matches
     "A study with known properties: matches of a method and of its control, for each seed"
     easy, shared = rng.normal(0, 1, (images, 1)), rng.normal(0, sd_seed, seeds)
     def one(skill):
@@ -106,7 +129,12 @@ def simulated(rng, seeds: int = 6, images: int = 100, sd_seed: float = .4, gain:
         return Matches(np.arange(images).repeat(4)[o], np.array([0, len(o)]), right[o], ~right[o], truth)
     return tuple([one(g + s + rng.normal(0, sd_seed)) for s in shared] for g in (gain, 0.))
 
-def study(rng, n: int = 100, **kw) -> tuple:  # D (s,), on resamples (r,s)
+# %% ../nbs/20_statistics.ipynb #c3a0cc7f
+def study(
+    rng,  # numpy's generator
+    n: int = 100,  # resamples of the images
+    **kw,  # of `simulated`
+) -> tuple:  # D (s,), on resamples (r,s)
     "Differences in AP of one simulated study"
     W = draws(kw.get("images", 100), n, int(rng.integers(2**31)))
     W = np.concatenate([np.ones((1, W.shape[1]), int), W])
@@ -115,12 +143,12 @@ def study(rng, n: int = 100, **kw) -> tuple:  # D (s,), on resamples (r,s)
 
 # %% ../nbs/20_statistics.ipynb #2c4044d2
 def coverage(
-    rng,
+    rng,  # numpy's generator
     seeds: int,
     sd: tuple,  # standard deviations: seeds, images, seeds × images
-    studies: int = 1500,
-    images: int = 50,
-    n: int = 100,
+    studies: int = 1500,  # how many are simulated
+    images: int = 50,  # of each
+    n: int = 100,  # resamples of them
 ) -> float:
     "Share of simulated studies whose interval contains the truth, with a mean over images in the place of AP"
     held = 0
@@ -130,8 +158,10 @@ def coverage(
         held += low <= 0 <= high
     return held / studies
 
-# %% ../nbs/20_statistics.ipynb #a8da6a45
-def holm(p: list) -> list:
+# %% ../nbs/20_statistics.ipynb #69b0b8bc
+def holm(
+    p: list,  # of all questions of a family
+) -> list:  # in their order
     "Corrected p-values; nan stays nan and is no question"
     p, out, worst = np.asarray(p, float), np.full(len(p), np.nan), 0.
     known = [k for k in np.argsort(p) if p[k] == p[k]]
@@ -140,7 +170,13 @@ def holm(p: list) -> list:
         out[k] = worst
     return out.tolist()
 
-def verdict(n: int, gain: float, p: float, level: float = .05) -> str:
+# %% ../nbs/20_statistics.ipynb #a8da6a45
+def verdict(
+    n: int,  # seeds
+    gain: float,  # the mean difference
+    p: float,  # corrected
+    level: float = .05,
+) -> str:
     "What was shown, in words"
     if n < 2: return "one seed: not ranked"
     return "no difference shown" if not p < level else "better" if gain > 0 else "worse"
@@ -150,7 +186,7 @@ def seeds_needed(
     delta: float,  # the difference to be shown
     sd: float,  # of the paired differences between seeds
     image_part: float = 0.,  # variance due to the images
-    power: float = .8,
+    power: float = .8,  # the chance that it is shown
     level: float = .05,
     most: int = 1000,
 ) -> int | None:
@@ -163,7 +199,7 @@ def seeds_needed(
 def compare(
     runs: pd.DataFrame,  # with draws
     pairs: list,  # (variant, its control), …: all questions that are asked
-    figure: str = "AP",
+    figure: str = "AP",  # column of the runs
     k: int = 0,  # position of the figure in the draws
     smallest: float = .02,  # a difference that would matter
 ) -> pd.DataFrame:  # a row for each pair

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .model import Output
 
-# %% ../nbs/16_strength.ipynb #3c4c9062
+# %% ../nbs/16_strength.ipynb #ea42e461
 def gram(
     terms: dict,  # name: scalar loss
     maps: list,  # (b,d,h,w) each: where the gradients are measured
@@ -27,6 +27,7 @@ def gram(
     g = torch.stack(rows).double()  # (n, all numbers of all maps)
     return g @ g.T
 
+# %% ../nbs/16_strength.ipynb #3c4c9062
 def length(
     G: Tensor,  # (n,n)
     w: Tensor,  # (n,) weights of the terms
@@ -34,11 +35,15 @@ def length(
     "Length of the weighted sum of the gradients"
     return float((w @ G @ w).clamp(min=0).sqrt())
 
-# %% ../nbs/16_strength.ipynb #e3f68b4b
-def part_vector(names: list, weights: dict) -> Tensor:
+# %% ../nbs/16_strength.ipynb #2f671457
+def part_vector(
+    names: list,  # of the terms: det, part:term, …
+    weights: dict,  # {part: weight}
+) -> Tensor:  # (n,) float64
     "A weight for each term, by the part it belongs to; terms are called part:term, and det is none"
     return torch.tensor([weights.get(n.split(":")[0], 0.) if ":" in n else 0. for n in names]).double()
 
+# %% ../nbs/16_strength.ipynb #e3f68b4b
 def strength(
     stages: list,  # dicts of step, names, gram (nested lists) and values
     ρ: float = .2,  # the share of the gradient that distillation shall have

@@ -13,7 +13,16 @@ from .export import read_about, there
 # %% ../nbs/24_triton.ipynb #552b373a
 BACKENDS = {".onnx": ("onnxruntime", "model.onnx"), ".engine": ("tensorrt", "model.plan"), ".plan": ("tensorrt", "model.plan"), ".xml": ("openvino", "model.xml")}
 
-def triton_config(name: str, backend: str, file: str, about: dict, batch: int, gpu: bool, delay_us: int = 2000, k: int = 300) -> str:
+def triton_config(
+    name: str,  # of the model
+    backend: str,  # Triton's name for what runs it
+    file: str,  # within a version's folder
+    about: dict,  # from `read_about`
+    batch: int,  # the greatest
+    gpu: bool,
+    delay_us: int = 2000,  # that a request waits for company
+    k: int = 300,  # detections an image
+) -> str:
     "config.pbtxt"
     n, kind = about["size"], "KIND_GPU" if gpu else "KIND_CPU"
     sizes = sorted({b for b in (4, 8, 16, batch) if b <= batch})
@@ -45,9 +54,9 @@ def write_triton(
     repository,  # folder of models
     name: str,  # of the model
     about: dict | None = None,  # from `read_about`; read from an ONNX file where absent
-    version: int = 1,
+    version: int = 1,  # the folder's name; Triton serves the two latest
     batch: int = 8,  # the greatest
-    gpu: bool = True,
+    gpu: bool = True,  # where Triton shall compute
     k: int | None = None,  # detections an image: asked of an ONNX file where absent, else 300
 ) -> Path:  # the model's folder
     "A model that Triton can serve: `tritonserver --model-repository=<repository>`"

@@ -58,8 +58,12 @@ def detections(
                     for k, p, *xywh in zip(known, s, x1, y1, x2 - x1, y2 - y1) if k is not None]
     return out
 
-def runner_ap(runner: Runner, split: Split, batch: int = 8) -> dict:
-    "COCO's twelve figures of an opened model; the classes must be the split's, by name"
+def runner_ap(
+    runner: Runner,  # from `open_model`
+    split: Split,  # its classes must be among the model's, by name; else `ValueError`
+    batch: int = 8,  # images in a call
+) -> dict:  # AP, AP50, …; None where there is nothing to measure
+    "COCO's twelve figures of an opened model"
     lost = [n for n in split.names if n not in runner.names]
     if lost: raise ValueError(f"the model does not know the class {lost[0]!r} of the split '{split.name}': it knows {', '.join(runner.names[:12])}")
     at = {k: split.names.index(n) for k, n in enumerate(runner.names) if n in split.names}
@@ -119,7 +123,12 @@ Classes: {', '.join(runner.names)}.
 Pictures are squeezed to the square, bilinear and antialiased; scaling to 0..1 is in the graph. It finds nothing but the classes above, and the figures hold for pictures like those it was measured on.
 """
 
-def write_card(path, runner: Runner, data: str, figures: dict) -> Path:
+def write_card(
+    path,  # of the exported file
+    runner: Runner,  # the file, opened
+    data: str,  # what the figures were measured on, in words
+    figures: dict,  # name -> number
+) -> Path:
     "A model card beside an exported file: `<file>.md`"
     to = Path(f"{path}.md")
     whole(to, lambda p: p.write_text(card_text(runner, path, data, figures)))

@@ -15,21 +15,21 @@ def shared(*parts) -> Path:
     return path
 
 
+def scenes(folder: Path, **counts) -> Path:
+    "A data set of that many scenes of 64 pixels in each split"
+    from rtdetr_kd.toy import write_split
+    folder.mkdir()
+    for split, n in counts.items(): write_split(folder, split, n, 64, 0)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     "24 training scenes, 8 to select by, 8 to test on"
-    from rtdetr_kd.toy import write_split
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    folder.mkdir()
-    for split, n in dict(train=24, select=8, val=8).items(): write_split(folder, split, n, 64, 0)
-    return folder
+    return scenes(tmp_path_factory.mktemp("data") / "tiny", train=24, select=8, val=8)
 
 
 @pytest.fixture(scope="session")
 def tiny_odd(tmp_path_factory) -> Path:
     "25 training scenes, 7 to select by, 7 to test on: nothing that two would divide"
-    from rtdetr_kd.toy import write_split
-    folder = tmp_path_factory.mktemp("data") / "odd"
-    folder.mkdir()
-    for split, n in dict(train=25, select=7, val=7).items(): write_split(folder, split, n, 64, 0)
-    return folder
+    return scenes(tmp_path_factory.mktemp("data") / "odd", train=25, select=7, val=7)

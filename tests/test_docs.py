@@ -68,6 +68,10 @@ def test_every_notebook_is_a_page_with_its_outputs(site, name):
     assert f'href="{name}.html"' in (site / "index.html").read_text(encoding="utf-8") or name == "index"
 
 
+def test_a_guide_leads_to_chapters_of_the_site(pages):
+    assert not [(p.name, l) for p, page in pages.items() if p.parent.name == "guides" for l in page.leads if re.search(r"/blob/\w+/\w+\.ipynb", l)]
+
+
 def test_api_entries_have_shapes_and_units(site):
     page = re.sub(r"<[^>]+>", "", (site / "api/boxes.html").read_text(encoding="utf-8"))
     assert "cxcywh" in page and re.search(r"\(\.\.\.,4\)|\(n,4\)", page) and "shape, unit, meaning" in page
@@ -93,6 +97,21 @@ def test_pictures_are_of_a_sane_size(site):
     assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 60e6
 
 
+@pytest.mark.slow
+def test_no_page_is_wider_than_its_window(site, tmp_path):
+    "On a phone, on a desk, and between the two; skipped without Chromium"
+    from test_page import CHROMIUM, Browser
+    if not CHROMIUM: pytest.skip("no Chromium here")
+    b = Browser(tmp_path / "home")
+    try:
+        for width in (390, 1100, 1330, 1400, 1900):
+            b("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+            for name in ("index", "guides/which_method", "guides/troubleshooting", "15_queries", "25_latency", "api/learner", "search"):
+                b("Page.navigate", url=f"file://{site}/{name}.html"); b.until(f"document.readyState == 'complete' && location.href.includes('{name}.html')")
+                assert b.js("document.documentElement.scrollWidth") <= width, (name, width)
+    finally: b.close()
+
+
 def test_a_broken_link_stops_the_build(tmp_path):
     "The flag that makes it so is the build's own: here on one page"
     pytest.importorskip("myst_nb")
@@ -111,8 +130,25 @@ def test_no_figure_of_a_guide_is_typed():
 def test_an_unknown_fact_is_refused():
     import facts
     with pytest.raises(KeyError, match="there is no such fact"): facts.fill("{{gian cwd}}", "page")
-    with pytest.raises(KeyError, match="no variant 'cdw'"): facts.fill("{{gain cdw}}", "page")
+    with pytest.raises(KeyError, match="does not compare 'cdw' with 'none'"): facts.fill("{{gain cdw}}", "page")
     assert facts.fill("{{gain cwd}}", "page").startswith("+0.")
+
+
+def test_a_guide_that_claims_more_than_the_study_is_refused():
+    import facts
+    said = facts.verdict("cwd")
+    assert facts.fill(f"a\n%! cwd, none: {said}\nb", "page") == "a\nb"
+    with pytest.raises(ValueError, match=f"page.md: the text says that 'cwd' against 'none' is 'wonderful', the result files say '{said}'"): facts.fill("%! cwd, none: wonderful\n", "page")
+
+
+def test_index_shows_the_study_as_it_is():
+    "Its committed outputs are the table that study.json has and the figure that is committed"
+    import base64
+    from rtdetr_kd.results import markdown, study_table
+    shown = [o.get("data", {}) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
+    assert markdown(study_table()) in ["".join(d.get("text/markdown", [])) for d in shown], "nbs/index.ipynb shows another table: run it again"
+    pictures = [base64.b64decode("".join(d["image/png"])) for d in shown if "image/png" in d]
+    assert (ROOT / "figures/comparison.png").read_bytes() in pictures, "nbs/index.ipynb shows another figure: run it again"
 
 
 def test_batches_by_card_follow_from_the_predicted_need():

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtdetr_kd import grid
+from rtdetr_kd import grid, runner
 from rtdetr_kd.config import configure
 from rtdetr_kd.evaluate import coco_ap
 from rtdetr_kd.matches import FILE, NAMES, draws, figures, load, matches_of, resampled, save
@@ -127,11 +127,11 @@ def stub(tmp_path):
 
 
 def test_a_failed_and_a_killed_run_do_not_stop_the_others(stub, tmp_path, monkeypatch, capsys):
-    launch = grid.launch
-    monkeypatch.setattr(grid, "launch", lambda s, f, threads=0: launch(s, f, threads, stub))
-    go = lambda: grid.ablation("toy", "none,none longer,cwd,cwd untrained,mgd,query", 1, str(tmp_path / "runs"), workers=3).set_index("configuration").state
+    launch = runner.launch
+    monkeypatch.setattr(runner, "launch", lambda s, f, threads=0: launch(s, f, threads, stub))
+    go = lambda: runner.ablation("toy", "none,none longer,cwd,cwd untrained,mgd,query", 1, str(tmp_path / "runs"), workers=3).set_index("configuration").state
     state, said = go(), capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="3 of 6 runs are not finished"): grid.refuse_failed(state.reset_index())  # what makes the command fail
+    with pytest.raises(RuntimeError, match="3 of 6 runs are not finished"): runner.refuse_failed(state.reset_index())  # what makes the command fail
     assert [state[k] for k in ("none", "none longer", "query")] == ["finished"] * 3
     assert "this one never works" in state["cwd"] and state["cwd untrained"] == "waits for cwd" and "died" in state["mgd"].lower()
     assert "3 of 6 runs are finished" in said and "cwd, seed 0: failed" in said
@@ -149,7 +149,7 @@ def test_names_duplicates_and_settings_are_refused(tmp_path):
 
 
 def test_every_preset_plans(tmp_path):
-    for study, n in (("toy", 6 * len(grid.GRID)), ("coco30k", 3 * len(grid.GRID)), ("final", 12)): assert len(grid.STUDIES[study]["names"]) * grid.STUDIES[study]["seeds"] == n
+    for study, n in (("toy", 6 * len(grid.GRID)), ("coco30k", 3 * len(grid.GRID)), ("final", 12)): assert len(grid.plan(study, runs=str(tmp_path))) == n
     assert "7.20 at 1.2" in grid.estimate(grid.plan("toy", "none,query", 3, str(tmp_path)), 1, 3600 * 300, 300, 1.2)
 
 
@@ -166,14 +166,14 @@ def test_ablation_as_a_notebook(tiny, tmp_path):
 
 def test_ray_goes_on_when_a_worker_is_killed(stub, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="pip install 'rtdetr_kd[ray]'")
-    monkeypatch.setattr(grid, "root", lambda: tmp_path)
+    monkeypatch.setattr(runner, "root", lambda: tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     todo = [grid.Run(m, 0, dict(method=m, slow=m == "query"), [], tmp_path / "runs" / m) for m in ("none", "query")]
     def kill_the_worker():
         while not (tmp_path / "runs/query/last/state").exists(): time.sleep(.1)
         os.kill(int((tmp_path / "runs/query/attempts.txt").read_text().split()[1]), signal.SIGKILL)
     threading.Thread(target=kill_the_worker, daemon=True).start()
-    try: outcome = grid.on_ray(todo, str(tmp_path / "runs"), 2, 1)
+    try: outcome = runner.on_ray(todo, str(tmp_path / "runs"), 2, 1)
     finally: ray.shutdown()
     assert outcome == {("none", 0): "finished", ("query", 0): "finished"}
     tries = (tmp_path / "runs/query/attempts.txt").read_text().splitlines()

@@ -349,6 +349,17 @@ def test_one_model_any_size():
             assert [v.shape[1] for v in top_detections(out.logits, out.boxes, 300)] == [n] * 3
 
 
+def test_a_line_from_time_to_time(tiny, tmp_path, capsys):
+    "G06: where no terminal is, too, and also while it evaluates"
+    from rtdetr_kd.evaluate import predict
+    learner = Learner(config(tiny, tmp_path))
+    capsys.readouterr()
+    learner.one_epoch(every=-1)
+    assert len([l for l in capsys.readouterr().out.splitlines() if l.startswith("epoch 1/3 step")]) == learner.steps
+    predict(learner.model, learner.splits["val"], batch=4, every=-1)
+    assert capsys.readouterr().out.splitlines() == ["  val: 4 of 8 images looked at", "  val: 8 of 8 images looked at"]
+
+
 def test_the_gradient_of_one_image_is_right(tiny, tmp_path):
     "In torch 2.14 on a CPU a batch norm's gradient is wrong for one image in some layouts; ours is not among them"
     l = Learner(config(tiny, tmp_path))
