@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .encoder import sincos_2d
 
-# %% ../nbs/05_attention.ipynb #e91589a3
+# %% ../nbs/05_attention.ipynb #7592f8de
 def snap(
     points: Tensor,  # (b,q,heads,levels,p,2) fractions of the image
     shapes: list,  # (h,w) of each level
@@ -24,6 +24,7 @@ def snap(
     wh = points.new_tensor([(w, h) for h, w in shapes])[:, None]  # (levels,1,2)
     return (torch.minimum((points * wh + .5).floor().clamp(min=0), wh - 1) + .5) / wh
 
+# %% ../nbs/05_attention.ipynb #e91589a3
 def sample(
     value: Tensor,  # (b,n,heads,d) n: the tokens of all levels, one level after another
     shapes: list,  # (h,w) of each level
@@ -36,7 +37,7 @@ def sample(
     q = points.shape[1]
     if discrete: points = snap(points, shapes)
     grid = (2 * points - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (levels,b*m,q,p,2)
-    rows = value.permute(0, 2, 3, 1).reshape(b * m, d, -1)  # (b*m,d,n)
+    rows = value.permute(0, 2, 3, 1).reshape(b * m, d, -1).to(points.dtype)  # (b*m,d,n)
     maps = rows.split([h * w for h, w in shapes], -1)  # (b*m,d,h*w) each
     seen = [F.grid_sample(v.unflatten(-1, s), g, align_corners=False)
             for v, s, g in zip(maps, shapes, grid)]  # (b*m,d,q,p) each
@@ -54,7 +55,13 @@ def star(heads: int) -> Tensor:  # (heads,2) x,y
 # %% ../nbs/05_attention.ipynb #b6206079
 class DeformableAttention(nn.Module):
     "Multi-scale deformable attention (Zhu et al. 2021), offsets in units of the query's own box"
-    def __init__(self, d: int = 256, heads: int = 8, levels: int = 3, points: int = 4, discrete: bool = False):
+    def __init__(self,
+        d: int = 256,  # channels of query and memory, divisible by `heads`
+        heads: int = 8,  # each with its own points
+        levels: int = 3,  # feature maps
+        points: int = 4,  # of a head on each level
+        discrete: bool = False,  # read one cell a point instead of four
+    ):
         super().__init__()
         self.heads, self.levels, self.points, self.discrete = heads, levels, points, discrete
         self.sampling_offsets = nn.Linear(d, heads * levels * points * 2)
@@ -89,7 +96,8 @@ def forward(self: DeformableAttention,
     Δ = self.sampling_offsets(query).view(*grid, 2)
     r = ref[:, :, None, None, None]  # (b,q,1,1,1,4)
     points = r[..., :2] + Δ / self.points * r[..., 2:] * .5
-    return self.output_proj(sample(value, shapes, points, w, self.discrete)), points, w
+    seen = sample(value, shapes, points, w, self.discrete).to(self.output_proj.weight.dtype)  # (b,q,d)
+    return self.output_proj(seen), points, w
 
 # %% ../nbs/05_attention.ipynb #658250d8
 def position_codes(
@@ -102,7 +110,7 @@ def position_codes(
 # %% ../nbs/05_attention.ipynb #a409a604
 def centres(
     shapes: list,  # (h,w) of each level
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = torch.device("cpu"),  # of the result
 ) -> Tensor:  # (n,2) x,y as fractions of the image
     "The centre of every cell of every level"
     grid = lambda h, w: torch.cartesian_prod((torch.arange(h) + .5) / h, (torch.arange(w) + .5) / w).flip(-1)
@@ -111,7 +119,12 @@ def centres(
 # %% ../nbs/05_attention.ipynb #b02f7547
 class DenseAttention(nn.Module):
     "Plain multi-head cross-attention over every token of every level; takes no notice of `ref`"
-    def __init__(self, d: int = 256, heads: int = 8, levels: int = 3, points: int = 4):
+    def __init__(self,
+        d: int = 256,  # channels of query and memory, divisible by `heads` and 4
+        heads: int = 8,  # of the attention
+        levels: int = 3,  # no matter here: every level is read
+        points: int = 4,  # no matter here: every token is read
+    ):
         super().__init__()
         self.attn = nn.MultiheadAttention(d, heads, batch_first=True)
 

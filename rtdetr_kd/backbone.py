@@ -93,8 +93,9 @@ def statistics_kept(
     finally:
         for n, own in kept: n._buffers.update(own)
 
+# %% ../nbs/03_backbone.ipynb #3000ff8f
 def lean(
-    m: nn.Module,
+    m: nn.Module,  # its attribute `recompute` decides
     *args,  # its inputs
 ):  # what m(*args) gives
     "Run `m`; where its attribute `recompute` is set, its inside is not kept but computed again in the backward pass"
@@ -185,30 +186,35 @@ class Timm(nn.Module):
         return lean(self.body, (x - self.mean) / self.std)[-self.levels:]
 
 # %% ../nbs/03_backbone.ipynb #baa3719d
-def our_name(k: str) -> str:
+def our_name(
+    k: str,  # such as layer1.0.conv1.weight
+) -> str:  # such as res_layers.0.blocks.0.branch2a.conv.weight
     "A key of timm's ResNet-D as ours"
     k = re.sub(r"^conv1\.([036])\.", lambda m: f"conv1.conv1_{int(m[1]) // 3 + 1}.conv.", k)
     k = re.sub(r"^conv1\.([14])\.", lambda m: f"conv1.conv1_{int(m[1]) // 3 + 1}.norm.", k)
     k = re.sub(r"^bn1\.", "conv1.conv1_3.norm.", k)
     k = re.sub(r"^layer(\d)\.(\d+)\.", lambda m: f"res_layers.{int(m[1]) - 1}.blocks.{m[2]}.", k)
-    k = re.sub(r"\.(conv|bn)([123])\.", lambda m: f".branch2{'abc'[int(m[2]) - 1]}.{'conv' if m[1] == 'conv' else 'norm'}.", k)
-    k = re.sub(r"^(res_layers\.0\..*)\.downsample\.1\.", r"\1.short.conv.", re.sub(r"^(res_layers\.0\..*)\.downsample\.2\.", r"\1.short.norm.", k))
-    return re.sub(r"\.downsample\.1\.", ".short.conv.conv.", re.sub(r"\.downsample\.2\.", ".short.conv.norm.", k))
+    k = re.sub(r"\.conv([123])\.", lambda m: f".branch2{'abc'[int(m[1]) - 1]}.conv.", k)
+    k = re.sub(r"\.bn([123])\.", lambda m: f".branch2{'abc'[int(m[1]) - 1]}.norm.", k)
+    k = re.sub(r"^(res_layers\.0\..*)\.downsample\.1\.", r"\1.short.conv.", k)  # stride 1: no pool, so one level less
+    k = re.sub(r"^(res_layers\.0\..*)\.downsample\.2\.", r"\1.short.norm.", k)
+    return k.replace(".downsample.1.", ".short.conv.conv.").replace(".downsample.2.", ".short.conv.norm.")
 
 # %% ../nbs/03_backbone.ipynb #781f2cd6
 def from_timm(
     state: dict,  # of timm's resnet18d, 34d, 50d or 101d
     own: dict,  # state of our ResNetVD of that depth
     mean: tuple = (.485, .456, .406),  # that timm's images were normalised with
-    std: tuple = (.229, .224, .225),
+    std: tuple = (.229, .224, .225),  # and divided by
 ) -> dict:  # a state for ours that takes images in 0..1
     "timm's ImageNet weights for our network"
     out = {our_name(k): v for k, v in state.items() if not k.startswith("fc.")}
     short = "res_layers.0.blocks.0.short."
     if short + "conv.weight" not in out:  # depths 18 and 34: a projection that changes nothing
         c = own[short + "conv.weight"].shape[0]
-        out |= {short + "conv.weight": torch.eye(c)[..., None, None], short + "norm.weight": torch.full((c,), (1 + 1e-5)**.5), short + "norm.bias": torch.zeros(c),
-                short + "norm.running_mean": torch.zeros(c), short + "norm.running_var": torch.ones(c), short + "norm.num_batches_tracked": torch.tensor(0)}
+        same = dict(weight=torch.full((c,), (1 + 1e-5)**.5), bias=torch.zeros(c), running_mean=torch.zeros(c),
+                    running_var=torch.ones(c), num_batches_tracked=torch.tensor(0))
+        out |= {short + "conv.weight": torch.eye(c)[..., None, None]} | {f"{short}norm.{k}": v for k, v in same.items()}
     w, (m, s) = out["conv1.conv1_1.conv.weight"], (torch.tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     out["conv1.conv1_1.conv.weight"] = w / s
     out["conv1.conv1_1.norm.running_mean"] = out["conv1.conv1_1.norm.running_mean"] + (w * m / s).sum((1, 2, 3))
@@ -226,7 +232,8 @@ def backbone(
     if not (m and int(m[1]) in DEPTHS): return Timm(name, levels, pretrained)
     ours = ResNetVD(int(m[1]), width, levels)
     if pretrained:
-        if width != 64 or m[1] == "10": raise ValueError(f"backbone '{name}' of width {width}: ImageNet weights are there for depths 18, 34, 50 and 101 of width 64")
+        if width != 64 or m[1] == "10": raise ValueError(f"backbone '{name}' of width {width}: ImageNet weights are "
+                                                         "there for depths 18, 34, 50 and 101 of width 64")
         body = Timm(f"resnet{m[1]}d", levels, True).body
         ours.load_state_dict(from_timm(body.state_dict(), ours.state_dict()))
     return ours

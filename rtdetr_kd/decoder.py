@@ -22,7 +22,10 @@ from .backbone import lean
 from .boxes import to_cxcywh, to_xyxy
 
 # %% ../nbs/06_decoder.ipynb #3f5e163a
-def logit(x: Tensor, eps: float = 1e-5) -> Tensor:
+def logit(
+    x: Tensor,  # any shape, fractions; what is outside of 0..1 counts as 0 or 1
+    eps: float = 1e-5,  # the least that x and 1-x are taken for
+) -> Tensor:  # the same shape, float32
     "Inverse of the sigmoid, in float32, clamped so that 0 and 1 stay finite"
     x = x.float().clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
@@ -30,25 +33,35 @@ def logit(x: Tensor, eps: float = 1e-5) -> Tensor:
 # %% ../nbs/06_decoder.ipynb #f66b805b
 class MLP(nn.Module):
     "Linear layers with ReLU between them"
-    def __init__(self, d_in: int, d: int, d_out: int, n: int):
+    def __init__(self,
+        d_in: int,  # channels of the input
+        d: int,  # channels between the layers
+        d_out: int,  # channels of the output
+        n: int,  # linear layers
+    ):
         super().__init__()
         ds = [d_in] + [d] * (n - 1) + [d_out]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(ds, ds[1:]))
 
-    def forward(self, x):
+    def forward(self, x):  # (...,d_in) -> (...,d_out)
         for k, layer in enumerate(self.layers): x = layer(x) if k == 0 else layer(F.relu(x))
         return x
 
 # %% ../nbs/06_decoder.ipynb #1d5c72c0
-def cell_boxes(h: int, w: int, size: float) -> Tensor:  # (h*w,4) cxcywh, fractions of the image
+def cell_boxes(
+    h: int,  # rows
+    w: int,  # columns
+    size: float,  # side of the square, fraction of the image
+) -> Tensor:  # (h*w,4) cxcywh, fractions of the image
     "A square of side `size` on every cell of a map"
     y, x = torch.meshgrid(torch.arange(h) + .5, torch.arange(w) + .5, indexing="ij")
     side = torch.full_like(x, size)
     return torch.stack([x / w, y / h, side, side], -1).flatten(0, 1)
 
+# %% ../nbs/06_decoder.ipynb #63900beb
 def anchors(
     shapes: tuple,  # (h,w) of each level, finest first
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = torch.device("cpu"),  # of the result
 ) -> tuple:  # logits of cxcywh (1,n,4), valid (1,n,1)
     "A box for every cell of every level, 0.05 of the image at the finest and twice that at each next"
     a = torch.cat([cell_boxes(h, w, .05 * 2**l) for l, (h, w) in enumerate(shapes)])[None]
@@ -70,7 +83,14 @@ class Queries:
 # %% ../nbs/06_decoder.ipynb #edb573fd
 class DecoderLayer(nn.Module):
     "Queries look at each other, then at the image, then think"
-    def __init__(self, d: int, heads: int, d_ff: int, levels: int, points: int, attention: str = "deformable"):
+    def __init__(self,
+        d: int,  # channels of queries and memory
+        heads: int,  # of both attentions; divides d
+        d_ff: int,  # channels inside the feed-forward part
+        levels: int,  # feature maps
+        points: int,  # sampling points of a head on each level
+        attention: str = "deformable",  # or dense, or discrete (RT-DETRv2)
+    ):
         super().__init__()
         kinds = dict(deformable=DeformableAttention, dense=DenseAttention,
                      discrete=partial(DeformableAttention, discrete=True))
@@ -79,16 +99,28 @@ class DecoderLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(d, d_ff), nn.Linear(d_ff, d)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d) for _ in range(3))
 
-    def forward(self, x, pos, ref, memory, shapes, mask=None, look=False):  # (b,q,d), (b,q,d), (b,q,4), (b,n,d)
+    def forward(self,
+        x: Tensor,  # (b,q,d) content
+        pos: Tensor,  # (b,q,d) position
+        ref: Tensor,  # (b,q,4) cxcywh
+        memory: Tensor,  # (b,n,d)
+        shapes: tuple,  # (h,w) of each level
+        mask: Tensor | None = None,  # (q,q), True where looking is forbidden
+        look: bool = False,  # with dense attention: also return where it looked
+    ) -> tuple:  # (b,q,d), points, weights
         q = x + pos
         x = self.norm1(x + self.self_attn(q, q, x, attn_mask=mask, need_weights=False)[0])
         seen, points, weights = self.cross_attn(x + pos, ref, memory, shapes, look)
         x = self.norm2(x + seen)
         return self.norm3(x + self.linear2(F.relu(self.linear1(x)))), points, weights
 
+# %% ../nbs/06_decoder.ipynb #7a4e9628
 class Layers(nn.Module):
     "The stack of decoder layers; a holder, so that the weights have their canonical names"
-    def __init__(self, n: int, *args):
+    def __init__(self,
+        n: int,  # layers
+        *args,  # of DecoderLayer
+    ):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(*args) for _ in range(n))
 
@@ -96,15 +128,15 @@ class Layers(nn.Module):
 class Decoder(nn.Module):
     "RT-DETR's decoder: query selection, iterative refinement, denoising"
     def __init__(self,
-        classes: int,
-        channels: list,  # of the encoder's maps
-        d: int = 256,
-        queries: int = 300,
-        layers: int = 6,
-        heads: int = 8,
-        d_ff: int = 1024,
-        points: int = 4,
-        attention: str = "deformable",  # or dense
+        classes: int,  # without background
+        channels: list,  # of the encoder's maps, finest first
+        d: int = 256,  # channels of queries and memory
+        queries: int = 300,  # detection queries of an image
+        layers: int = 6,  # decoder layers
+        heads: int = 8,  # of both attentions; divides d
+        d_ff: int = 1024,  # channels inside the feed-forward part
+        points: int = 4,  # sampling points of a head on each level
+        attention: str = "deformable",  # or dense, or discrete (RT-DETRv2)
         denoising: int = 100,  # queries spent on denoising in training, 0 for none
     ):
         super().__init__()
@@ -135,6 +167,7 @@ def flatten(
     rows = [m.flatten(2).transpose(1, 2) for m in maps]  # (b,h*w,d)
     return torch.cat(rows, 1), tuple(tuple(m.shape[-2:]) for m in maps)
 
+# %% ../nbs/06_decoder.ipynb #7d5a7ec2
 def pick(
     x: Tensor,  # (b,n,d)
     index: Tensor,  # (b,k)
@@ -144,7 +177,7 @@ def pick(
 
 # %% ../nbs/06_decoder.ipynb #82c18bfd
 def select(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
 ) -> tuple:  # the detection queries, the encoder's output (b,n,d)
@@ -178,7 +211,7 @@ def pad_targets(
 # %% ../nbs/06_decoder.ipynb #c48bd94e
 def noisy(
     boxes: Tensor,  # (b,g,2,m,4) cxcywh: g groups of a positive and a negative copy
-    scale: float = 1.,
+    scale: float = 1.,  # of the noise: 1 moves a corner by up to half the box
 ) -> Tensor:  # (b,g,2,m,4) cxcywh
     "Shift each corner by up to half the box (positives), or by half to a whole (negatives)"
     sign = torch.randint(0, 2, boxes.shape, device=boxes.device) * 2 - 1
@@ -191,7 +224,7 @@ def noisy(
 def flip_labels(
     labels: Tensor,  # (b,g,2,m)
     real: Tensor,  # (b,g,2,m) False for padding, which keeps its label
-    classes: int,
+    classes: int,  # labels are drawn from 0..classes-1
     p: float,  # share of labels that are drawn anew
 ) -> Tensor:  # (b,g,2,m)
     "Replace some of the real labels by random ones"
@@ -201,7 +234,7 @@ def flip_labels(
 
 # %% ../nbs/06_decoder.ipynb #3340079a
 def denoising(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     targets: list,  # dicts of labels (n,) and boxes (n,4)
     label_noise: float = .5,  # half of it is the share of labels drawn anew
 ) -> tuple:  # Queries, positive (b,groups*2*m), groups
@@ -224,7 +257,7 @@ def group_mask(
     size: int,  # queries in each
     q: int,  # detection queries
     k: int = 0,  # shared queries
-    device=None,
+    device=None,  # of the result
 ) -> Tensor:  # (n,n), True where looking is forbidden
     "Every group sees itself, denoising groups the detection queries too; nobody else sees denoising or shared"
     dn = torch.arange(groups).repeat_interleave(size)
@@ -255,8 +288,8 @@ def join(
 
 # %% ../nbs/06_decoder.ipynb #7a98281b
 def refine(
-    dec: Decoder,
-    q: Queries,
+    dec: Decoder,  # whose weights are used
+    q: Queries,  # of all groups
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
     every_layer: bool = True,  # answers of all layers, or of the last only (all that inference needs)
@@ -265,8 +298,9 @@ def refine(
     "Layer by layer: ask, answer, correct the box, ask again from there"
     x, ref, before = q.content, q.ref.sigmoid(), q.ref.sigmoid()
     out = {k: [] for k in ("logits", "boxes", "queries", "refs", "points", "weights")}
+    kind = dec.query_pos_head.layers[0].weight.dtype  # boxes are float32, whatever the weights are
     for k, layer in enumerate(dec.decoder.layers):
-        x, points, weights = lean(layer, x, dec.query_pos_head(ref), ref, memory, shapes, q.mask, look)
+        x, points, weights = lean(layer, x, dec.query_pos_head(ref.to(kind)), ref, memory, shapes, q.mask, look)
         Δ = dec.dec_bbox_head[k](x).float()
         box = (Δ + logit(ref)).sigmoid()
         if every_layer or k == len(dec.decoder.layers) - 1:
@@ -279,7 +313,7 @@ def refine(
 
 # %% ../nbs/06_decoder.ipynb #48655e38
 def gather(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     memory: Tensor,  # (b,n,d)
     shapes: tuple,  # (h,w) of each level
     targets: list | None = None,  # in training
@@ -296,7 +330,7 @@ def gather(
 
 # %% ../nbs/06_decoder.ipynb #b4e71adb
 def decode(
-    dec: Decoder,
+    dec: Decoder,  # whose weights are used
     maps: list,  # (b,c,h,w) each, from the encoder
     targets: list | None = None,  # in training
     points: tuple | None = None,  # the teacher's cells and boxes: adds the shared group

@@ -124,6 +124,7 @@ class HybridEncoder(nn.Module):
 def forward(self: HybridEncoder,
     maps: list,  # (b,c,h,w) each, finest first
 ) -> list:  # (b,d,h,w) each, finest first
+    "Attention on the coarsest map, then top-down, then bottom-up"
     S = [proj(m) for proj, m in zip(self.input_proj, maps)]
     high, down = lean(self.encoder[0], S[-1]), []
     for lateral, block, low in zip(self.lateral_convs, self.fpn_blocks, S[-2::-1]):  # coarse to fine

@@ -19,10 +19,10 @@ from .boxes import to_pixels
 from .data import Images, in_order, loader
 from .model import RTDETR, top_detections
 
-# %% ../nbs/11_evaluate.ipynb #ea89bed2
+# %% ../nbs/11_evaluate.ipynb #533eb0b3
 @dataclass
 class Rows:
-    "Boxes as arrays, a cell being a class and an image"
+    "Boxes as arrays, a cell being a class and an image; indexing takes the same rows of each"
     cell: np.ndarray  # (n,) class · number of images + image
     box: np.ndarray  # (n,4) xywh
     area: np.ndarray  # (n,)
@@ -32,37 +32,60 @@ class Rows:
     def __len__(self): return len(self.cell)
     def __getitem__(self, k): return Rows(*(v[k] for v in vars(self).values()))
 
-def numbers(entries: list, what: str) -> Index:
+# %% ../nbs/11_evaluate.ipynb #278a071d
+def numbers(
+    entries: list,  # dicts with an `id`, a number or a text
+    what: str,  # they are, for the error
+) -> Index:
     "Id -> 0, 1, 2, … in the order of the ids; `ValueError` if an id comes twice"
     ids = sorted((plain(x["id"]) for x in entries), key=lambda i: (isinstance(i, str), i))
     at = Index((i, k) for k, i in enumerate(ids))
     if len(at) < len(ids): raise ValueError(f"the annotations use an id of {what} twice: give each its own")
     return at
 
-def rows_of(entries: list, image: Index, cat: Index, what: str) -> tuple:  # Rows, their positions in `entries`
+# %% ../nbs/11_evaluate.ipynb #f67a6a0f
+def rows_of(
+    entries: list,  # dicts image_id, category_id, bbox; and score, or area and iscrowd
+    image: Index,  # of image ids
+    cat: Index,  # of category ids
+    what: str,  # "true box", or "prediction", which has a score
+) -> tuple:  # Rows, their positions in `entries`; ValueError where a field is missing or no number
     "Annotations or predictions as arrays; those of unknown images or categories are left out"
     try:
         n = len(entries)
-        i, c = np.fromiter((image[a["image_id"]] for a in entries), int, n), np.fromiter((cat[a["category_id"]] for a in entries), int, n)
+        i = np.fromiter((image[a["image_id"]] for a in entries), int, n)
+        c = np.fromiter((cat[a["category_id"]] for a in entries), int, n)
         box = np.array([a["bbox"] for a in entries], float).reshape(-1, 4)
         score = np.array([a["score"] for a in entries], float) if what == "prediction" else np.zeros(n)
     except KeyError as e: raise ValueError(f"a {what} has no {e}") from None
-    except (TypeError, ValueError): raise ValueError(f"a {what} has a bbox or score that is no number: rtdetr_kd.data.check tells which") from None
-    if not (np.isfinite(box).all() and np.isfinite(score).all()): raise ValueError(f"a {what} has a bbox or score that is not finite")
-    area = box[:, 2] * box[:, 3]
-    if what != "prediction": area = np.array([b if a.get("area") is None else a["area"] for a, b in zip(entries, area.tolist())], float)
-    crowd = np.array([bool(a.get("iscrowd")) for a in entries], bool) if what != "prediction" else np.zeros(n, bool)
+    except (TypeError, ValueError):
+        raise ValueError(f"a {what} has a bbox or score that is no number: rtdetr_kd.data.check tells which") from None
+    if not (np.isfinite(box).all() and np.isfinite(score).all()):
+        raise ValueError(f"a {what} has a bbox or score that is not finite")
+    area, crowd = box[:, 2] * box[:, 3], np.zeros(n, bool)
+    if what != "prediction":
+        area = np.array([b if a.get("area") is None else a["area"] for a, b in zip(entries, area.tolist())], float)
+        crowd = np.array([bool(a.get("iscrowd")) for a in entries], bool)
     known = np.flatnonzero((i >= 0) & (c >= 0))
     return Rows(c * len(image) + i, box, area, score, crowd)[known], known
 
-# %% ../nbs/11_evaluate.ipynb #13412952
-def by_cell(d: Rows, most: int) -> tuple:  # Rows in the order of cells and falling scores, rank of each in its cell
+# %% ../nbs/11_evaluate.ipynb #6532b5da
+def by_cell(
+    d: Rows,  # detections
+    most: int,  # a cell; those with lower scores are left out
+) -> tuple:  # Rows in the order of cells and falling scores, rank (n,) of each in its cell
     "Detections sorted, at most so many a cell; equal scores stay in order"
     d = d[np.lexsort((-d.score, d.cell))]
     rank = np.arange(len(d)) - np.searchsorted(d.cell, d.cell)
     return d[rank < most], rank[rank < most]
 
-def edges(d: Rows, g: Rows, least: float = .5, chunk: int = 200_000) -> tuple:  # detection (e,), true box (e,), IoU (e,)
+# %% ../nbs/11_evaluate.ipynb #13412952
+def edges(
+    d: Rows,  # detections, sorted by cell
+    g: Rows,  # true boxes, sorted by cell
+    least: float = .5,  # the smallest IoU that is listed
+    chunk: int = 200_000,  # detections at a time, for the sake of memory
+) -> tuple:  # detection (e,), true box (e,), IoU (e,)
     "Pairs of one cell with an IoU of at least `least`; both sorted by cell"
     lo, hi = np.searchsorted(g.cell, d.cell), np.searchsorted(g.cell, d.cell, "right")
     has, out = np.flatnonzero(hi > lo), []
@@ -79,15 +102,21 @@ def edges(d: Rows, g: Rows, least: float = .5, chunk: int = 200_000) -> tuple:  
         out.append((i[o >= least], j[o >= least], o[o >= least]))
     return tuple(np.concatenate(x) for x in zip(*out))
 
-# %% ../nbs/11_evaluate.ipynb #dd7c413e
+# %% ../nbs/11_evaluate.ipynb #95ab3182
 THRESHOLDS = np.linspace(.5, .95, 10)
 RANGES = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # all, small, medium, large: pixels
 
-def outside(area: np.ndarray) -> np.ndarray:  # (n,a) bool
+def outside(
+    area: np.ndarray,  # (n,) pixels
+) -> np.ndarray:  # (n,a) bool
     "Which areas are outside each range"
     return (area[:, None] < RANGES[:, 0]) | (area[:, None] > RANGES[:, 1])
 
-def match(d: Rows, g: Rows) -> tuple:  # (n,a,t) bool, both: matched; matched to an ignored box
+# %% ../nbs/11_evaluate.ipynb #41ee7e69
+def match(
+    d: Rows,  # detections, sorted by `by_cell`
+    g: Rows,  # true boxes, sorted by cell
+) -> tuple:  # (n,a,t) bool, both: matched; matched to an ignored box
     "COCO's greedy matching, of all cells at once; both sorted by cell"
     i, j, o = edges(d, g)
     ignore = (outside(g.area) | g.crowd[:, None])[:, :, None]  # (g,a,1)
@@ -112,19 +141,31 @@ def match(d: Rows, g: Rows) -> tuple:  # (n,a,t) bool, both: matched; matched to
         hit[who[w]], void[who[w]] = last >= 0, (last >= 0) & ~good
     return hit, void
 
-# %% ../nbs/11_evaluate.ipynb #1f8ee10c
+# %% ../nbs/11_evaluate.ipynb #e05f2e91
 RECALLS = np.linspace(0, 1, 101)
 
-def curve(right: np.ndarray, wrong: np.ndarray, G: int) -> tuple:  # precision at the recalls (101,), recall
-    "Of (n,) bits in falling order of the score, and G true boxes"
+def curve(
+    right: np.ndarray,  # (n,) bool, in falling order of the score
+    wrong: np.ndarray,  # (n,) bool; a detection that does not count is neither
+    G: int,  # true boxes
+) -> tuple:  # precision (101,) at the recalls, recall at the end
+    "The best precision still to come, at 101 values of recall"
     if not len(right): return np.zeros(101), 0.
     tp, fp = right.cumsum(dtype=float), wrong.cumsum(dtype=float)
     best = np.maximum.accumulate((tp / (fp + tp + np.spacing(1)))[::-1])[::-1]
     at = np.searchsorted(tp / G, RECALLS)
     return np.where(at < len(best), best[np.minimum(at, len(best) - 1)], 0.), tp[-1] / G
 
-def curves_of(d: Rows, rank: np.ndarray, g: Rows, images: int, classes: int, limits: list) -> tuple:
-    "Precision (t,101,c,a) and recall (t,c,a,m); -1 where there is no true box"
+# %% ../nbs/11_evaluate.ipynb #1f8ee10c
+def curves_of(
+    d: Rows,  # detections, sorted by `by_cell`
+    rank: np.ndarray,  # (n,) of each detection in its cell
+    g: Rows,  # true boxes, sorted by cell
+    images: int,  # number of images
+    classes: int,  # number of classes
+    limits: list,  # m numbers of detections for average recall
+) -> tuple:  # precision (t,101,c,a), recall (t,c,a,m); -1 where there is no true box
+    "All curves of all classes"
     hit, void = match(d, g)
     void |= ~hit & outside(d.area)[:, :, None]
     precision, recall = np.full((10, 101, classes, 4), -1.), np.full((10, classes, 4, len(limits)), -1.)
@@ -136,14 +177,20 @@ def curves_of(d: Rows, rank: np.ndarray, g: Rows, images: int, classes: int, lim
         for a in np.flatnonzero(G):
             right, wrong = (hit[o, a] & ~void[o, a]).T, (~hit[o, a] & ~void[o, a]).T  # (t,n)
             for t in range(10): precision[t, :, c, a], recall[t, c, a, -1] = curve(right[t], wrong[t], G[a])
-            for m, limit in enumerate(limits[:-1] if a == 0 else []): recall[:, c, a, m] = right[:, rank[o] < limit].sum(1) / G[a]
+            for m, limit in enumerate(limits[:-1] if a == 0 else []):
+                recall[:, c, a, m] = right[:, rank[o] < limit].sum(1) / G[a]
     return precision, recall
 
-# %% ../nbs/11_evaluate.ipynb #fc3f100b
+# %% ../nbs/11_evaluate.ipynb #4c84fde9
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
 
-def contents(x): return json.loads(Path(x).read_text(encoding="utf-8-sig")) if isinstance(x, (str, Path)) else x
+def contents(
+    x,  # a path, or the content itself
+):  # the content of a JSON file
+    "What a JSON file holds, also one with a byte order mark"
+    return json.loads(Path(x).read_text(encoding="utf-8-sig")) if isinstance(x, (str, Path)) else x
 
+# %% ../nbs/11_evaluate.ipynb #4b478b6d
 def coco_ap(
     annotations,  # instances_*.json, or its content
     predictions,  # list of dicts image_id, category_id, bbox (xywh, pixels), score; or a JSON file of it
@@ -157,30 +204,34 @@ def coco_ap(
     d, known = rows_of(found, image, cat, "prediction")
     if len(known) < len(found):
         lost = found[np.setdiff1d(np.arange(len(found)), known)[0]]
-        raise ValueError(f"{len(found) - len(known)} of {len(found)} predictions have an image_id or category_id that is not in "
-                         f"the annotations, the first is {lost}: are these class numbers instead of category ids?")
+        raise ValueError(f"{len(found) - len(known)} of {len(found)} predictions have an image_id or category_id that is "
+                         f"not in the annotations, the first is {lost}: are these class numbers instead of category ids?")
     d, rank = by_cell(d, max_dets)
     p, r = curves_of(d, rank, g[np.argsort(g.cell, kind="stable")], len(image), len(cat), [1, 10, max_dets])
-    parts = [p[..., 0], p[:1, ..., 0], p[5:6, ..., 0], *(p[..., a] for a in (1, 2, 3)), *(r[:, :, 0, m] for m in (0, 1, 2)), *(r[:, :, a, 2] for a in (1, 2, 3))]
+    parts = [p[..., 0], p[:1, ..., 0], p[5:6, ..., 0], *(p[..., a] for a in (1, 2, 3)),
+             *(r[:, :, 0, m] for m in (0, 1, 2)), *(r[:, :, a, 2] for a in (1, 2, 3))]
     return {k: float(x[x > -1].mean()) if (x > -1).any() else None for k, x in zip(FIGURES, parts)}
 
 # %% ../nbs/11_evaluate.ipynb #0da66778
 @torch.no_grad()
 def predict(
-    model: RTDETR,
+    model: RTDETR,  # put into evaluation mode
     split: Split,
-    batch: int = 16,
+    batch: int = 16,  # images at a time
     limit: int = 300,  # detections an image, over all classes; RT-DETR's own number
-    workers: int = 0,
+    workers: int = 0,  # processes that load images; 0: this one
     classes: dict | None = None,  # the model's class number -> the split's, where they differ; others are left out
     every: float = 15.,  # seconds between two lines that say how far it is
 ) -> list:  # COCO's result format: the file's own ids, xywh in pixels of the image
     "Detections in all images of a split"
     model.eval()
-    dev, out, ids, said = next(model.parameters()).device, [], split.ids.tolist(), time.time()
-    for k, (images, targets) in enumerate(loader(Images(split, model.spec.image_size), in_order(len(split), batch), workers)):
-        o = model(images.to(dev).float() / 255)
-        if time.time() - said > every: said = time.time(); print(f"  {split.name}: {k * batch + len(images)} of {len(split)} images looked at", flush=True)
+    w, out, ids, said = next(model.parameters()), [], split.ids.tolist(), time.time()
+    batches = loader(Images(split, model.spec.image_size), in_order(len(split), batch), workers)
+    for k, (images, targets) in enumerate(batches):
+        o = model((images.to(w.device).float() / 255).to(w.dtype))
+        if time.time() - said > every:
+            said = time.time()
+            print(f"  {split.name}: {k * batch + len(images)} of {len(split)} images looked at", flush=True)
         for t, s, c, b in zip(targets, *(v.cpu() for v in top_detections(o.logits, o.boxes, limit))):
             x1, y1, x2, y2 = to_pixels(b, width=t["size"][1], height=t["size"][0]).double().unbind(-1)
             boxes = torch.stack([x1, y1, x2 - x1, y2 - y1], 1).tolist()  # (limit,4)
@@ -191,10 +242,10 @@ def predict(
 
 # %% ../nbs/11_evaluate.ipynb #ebbe3168
 def evaluate(
-    model: RTDETR,
+    model: RTDETR,  # put into evaluation mode
     split: Split,
-    batch: int = 16,
-    workers: int = 0,
+    batch: int = 16,  # images at a time
+    workers: int = 0,  # processes that load images; 0: this one
     max_dets: int = 100,  # the most detections of an image and class that are counted
     classes: dict | None = None,  # as in `predict`
 ) -> tuple:  # the twelve figures, predictions

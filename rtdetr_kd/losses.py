@@ -64,7 +64,10 @@ def denoising_pairs(
     return l, i.repeat(layers), q.repeat(layers), o.repeat(layers)
 
 # %% ../nbs/10_losses.ipynb #1351a55b
-def named(terms: dict, suffixes: list) -> dict:
+def named(
+    terms: dict,  # name -> (l,)
+    suffixes: list,  # l of them
+) -> dict:  # name + suffix -> weighted number
     "Terms of all layers as single weighted numbers with a layer's suffix"
     return {k + s: WEIGHTS[k] * v[j] for k, v in terms.items() for j, s in enumerate(suffixes)}
 

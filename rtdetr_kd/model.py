@@ -32,18 +32,18 @@ class Spec:
     width: int = 64  # channels of the backbone's first stage
     levels: int = 3  # feature maps
     d: int = 256  # channels of encoder and decoder
-    heads: int = 8
-    d_ff: int = 1024
+    heads: int = 8  # of every attention; divides `d`
+    d_ff: int = 1024  # channels inside the feed-forward parts
     expansion: float = 1.  # width of the encoder's fusion blocks
     depth: float = 1.  # length of the encoder's fusion blocks
-    queries: int = 300
+    queries: int = 300  # boxes that an image can be given
     layers: int = 6  # of the decoder
     points: int = 4  # sampling points a level
-    attention: str = "deformable"  # or dense
+    attention: str = "deformable"  # or dense, or discrete (RT-DETRv2)
     d_encoder: int = 0  # channels of the encoder where they differ from `d`
-    d_ff_encoder: int = 0
+    d_ff_encoder: int = 0  # the same of `d_ff`
     answer: int = -1  # the decoder layer that answers at inference
-    denoising: int = 100
+    denoising: int = 100  # queries spent on denoising in training, 0 for none
     image_size: int = 640  # side of the square that images are resized to
     category_ids: list = field(default_factory=list)  # of the data set the classes came from
 
@@ -74,7 +74,7 @@ class Signals:
     boxes: Tensor  # (l,b,q,4) cxcywh
     index: Tensor  # (b,q) the cells that query selection chose
     shapes: tuple  # (h,w) of each level
-    sampling_points: Tensor | None = None  # (l,b,q,heads,levels,p,2) fractions of the image; (l,b,q,1,1,n,2) or None with dense attention
+    sampling_points: Tensor | None = None  # (l,b,q,heads,levels,p,2) fractions; dense: (l,b,q,1,1,n,2) or None
     sampling_weights: Tensor | None = None  # (l,b,q,heads,levels,p)
 
 # %% ../nbs/07_model.ipynb #93496352
@@ -92,14 +92,30 @@ class Output:
     shared: Signals | None = None  # the shared query group
 
 # %% ../nbs/07_model.ipynb #01cf5f7f
-def signals(r: dict, a: int, z: int, maps: list, index: Tensor | None, shapes: tuple) -> Signals:
+def signals(
+    r: dict,  # what `refine` returned: lists with an entry a layer
+    a: int,  # the first query
+    z: int,  # the one after the last
+    maps: list,  # (b,d,h,w) each, from the encoder
+    index: Tensor | None,  # (b,q) the cells that were chosen
+    shapes: tuple,  # (h,w) of each level
+) -> Signals:
     "The queries `a:z` of what the decoder layers did"
     part = lambda k: torch.stack([v[:, a:z] for v in r[k]]) if r[k][0] is not None else None
     return Signals(maps, part("queries"), part("refs"), part("logits"), part("boxes"), index, shapes,
                    part("points"), part("weights"))
 
 # %% ../nbs/07_model.ipynb #7caab5e4
-def pack(r: dict, q, positive, groups: int, maps: list, shapes: tuple, capture: bool, answer: int = -1) -> Output:
+def pack(
+    r: dict,  # what `refine` returned
+    q,  # Queries, with the sizes of the groups
+    positive: Tensor | None,  # (b,n_dn) which denoising queries must come back as a box
+    groups: int,  # of denoising queries
+    maps: list,  # (b,d,h,w) each, from the encoder
+    shapes: tuple,  # (h,w) of each level
+    capture: bool,  # fill `signals`
+    answer: int = -1,  # the layer that answers
+) -> Output:
     "What the layers did, sorted into the groups of queries"
     n_dn, n, n_sh = q.parts
     layers = list(zip(r["logits"], r["boxes"]))
@@ -112,7 +128,10 @@ def pack(r: dict, q, positive, groups: int, maps: list, shapes: tuple, capture: 
 # %% ../nbs/07_model.ipynb #6160b27a
 class RTDETR(nn.Module):
     "RT-DETR (Zhao et al., CVPR 2024)"
-    def __init__(self, spec: Spec, pretrained: bool = False):
+    def __init__(self,
+        spec: Spec,  # the architecture
+        pretrained: bool = False,  # ImageNet weights in the backbone; raises ValueError where there are none
+    ):
         super().__init__()
         self.spec = s = spec
         self.backbone = backbone(s.backbone, s.levels, s.width, pretrained)
@@ -144,9 +163,11 @@ def stages(
     if not names: return ()
     chosen = STAGES if names == "all" else tuple(names.split("+"))
     for n in chosen:
-        if n not in STAGES: raise ValueError(f"checkpoint={names!r}: '{n}' is no stage; give {', '.join(STAGES)}, several joined by +, or all")
+        if n not in STAGES: raise ValueError(f"checkpoint={names!r}: '{n}' is no stage; "
+                                             f"give {', '.join(STAGES)}, several joined by +, or all")
     return chosen
 
+# %% ../nbs/07_model.ipynb #f874f395
 @patch
 def recompute(self: RTDETR,
     names: str = "all",  # as in `stages`; empty: keep everything again
@@ -186,7 +207,9 @@ class Detections:
 
 # %% ../nbs/07_model.ipynb #58d5cdb6
 @patch
-def to_coco(self: Detections, image_id: int = 0) -> list:
+def to_coco(self: Detections,
+    image_id: int = 0,  # written into every dict
+) -> list:  # of dicts image_id, category_id, score, bbox
     "Dicts as in COCO's result files, boxes `xywh` in pixels"
     rows = zip(self.boxes, self.category_ids, self.scores)
     return [dict(image_id=image_id, category_id=int(c), score=float(s),
@@ -194,11 +217,17 @@ def to_coco(self: Detections, image_id: int = 0) -> list:
 
 # %% ../nbs/07_model.ipynb #8c8fbf02
 @torch.no_grad()
-def found_in(model: RTDETR, image: np.ndarray, threshold: float, limit: int) -> Detections:
+def found_in(
+    model: RTDETR,  # put into evaluation mode
+    image: np.ndarray,  # (h,w,3) uint8
+    threshold: float,  # the lowest score that is reported
+    limit: int,  # the most detections
+) -> Detections:
     "Detections in one array"
     model.eval()
     x = to_square(torch.from_numpy(image.copy()).permute(2, 0, 1), model.spec.image_size)
-    o = model(x[None].to(next(model.parameters()).device).float() / 255)
+    w = next(model.parameters())
+    o = model((x[None].to(w.device).float() / 255).to(w.dtype))
     scores, labels, boxes = (v[0].cpu() for v in top_detections(o.logits, o.boxes, limit))
     keep = scores >= threshold
     h, w = image.shape[:2]
@@ -222,7 +251,7 @@ def detect(self: RTDETR,
 
 # %% ../nbs/07_model.ipynb #8fe54c95
 def fold(
-    conv: nn.Conv2d,
+    conv: nn.Conv2d,  # with or without a bias
     norm: nn.BatchNorm2d,  # that follows it
 ) -> nn.Conv2d:  # with a bias
     "A convolution and its batch norm (in evaluation mode) as one convolution"
@@ -233,7 +262,9 @@ def fold(
     return out
 
 # %% ../nbs/07_model.ipynb #5021c73a
-def merge(block: RepVGG) -> nn.Sequential:
+def merge(
+    block: RepVGG,  # in evaluation mode
+) -> nn.Sequential:  # convolution, activation
     "The two branches of a RepVGG block as one 3×3 convolution, and the activation"
     conv, point = (fold(c.conv, c.norm) for c in (block.conv1, block.conv2))
     conv.weight = nn.Parameter(conv.weight + F.pad(point.weight, [1, 1, 1, 1]))
@@ -241,8 +272,10 @@ def merge(block: RepVGG) -> nn.Sequential:
     return nn.Sequential(conv, block.act)
 
 # %% ../nbs/07_model.ipynb #5ba19c0a
-def fold_all(m: nn.Module) -> nn.Module:
-    "`m`, changed in place, with every norm that follows a convolution folded into it"
+def fold_all(
+    m: nn.Module,  # changed in place, in evaluation mode
+) -> nn.Module:  # `m`, or what takes its place
+    "Every norm that follows a convolution folded into it"
     if isinstance(m, RepVGG): return merge(m)
     if isinstance(m, nn.Sequential) and [type(c) for c in m] == [nn.Conv2d, nn.BatchNorm2d]: return fold(*m)
     if isinstance(m, ConvNorm) and isinstance(m.norm, nn.BatchNorm2d):
