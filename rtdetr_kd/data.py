@@ -17,12 +17,15 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .annotations import Split, ground_truth, note, pack_split, part, read_coco, refuse
+from .annotations import read_coco
+from .arrays import Split, ground_truth, pack_split, part
+from .audit import allowed, prepare
 from .augment import Augment, augmentation, four
 from .boxes import to_cxcywh
-from .check import Report, allowed, check, data_folder, prepare
+from .check import Report, check, data_folder
 from .images import as_tensor, open_image, to_square
 from .other_formats import LAYOUT, read_split, split_files
+from .repairs import note, refuse
 
 # %% ../nbs/02_data.ipynb #f884bcfa
 def carve(
@@ -39,12 +42,18 @@ def carve(
     return part(s, np.sort(order[n:]), "train"), replace(part(s, np.sort(order[:n]), "select"), problems=[])
 
 # %% ../nbs/02_data.ipynb #6e71cf7b
-def check_split(data: str, k: str, s: Split, train: Split):
-    "Refuse what cannot be trained or compared"
+def check_split(
+    data: str,  # what the user named, for messages
+    k: str,  # train, select or val
+    s: Split,  # this split
+    train: Split,  # whose classes it must have
+):
+    "Refuse what cannot be trained or compared. `FileNotFoundError`, `ValueError`"
     say = f"data='{data}': the split '{k}'"
     if s.names != train.names:
         raise ValueError(f"{say} has the classes {s.names}, train has {train.names}; they must be the same")
-    if not len(s): raise ValueError(f"{say} has no image: add some" + (", or delete its annotation file: then it is carved from train" if k == "select" else ""))
+    if not len(s): raise ValueError(f"{say} has no image: add some" + (", or delete its annotation file: then it is "
+                                                                       "carved from train" if k == "select" else ""))
     why = "".join(f"; {p.n}× {p}" for p in s.problems if p.done == "dropped")
     if s.crowd.all(): raise ValueError(f"{say} has no box in {len(s)} images (groups marked iscrowd do not count){why}")
     gone = [f for f in s.files if not os.path.isfile(s.folder / f)]
@@ -87,7 +96,9 @@ def load_data(
     return {k: splits[k] for k in ("train", "select", "val")}
 
 # %% ../nbs/02_data.ipynb #48fde345
-def summary(splits: dict) -> str:
+def summary(
+    splits: dict,  # name -> Split
+) -> str:  # a line for each split, and for each problem
     "What a data set holds, and what reading it repaired or dropped"
     train = splits["train"]
     lines = [f"{len(train.names)} classes: {', '.join(train.names[:12])}"]
@@ -97,7 +108,9 @@ def summary(splits: dict) -> str:
     return "\n".join(lines + ([f"  train: no box of {', '.join(none[:12])}"] if none else []))
 
 # %% ../nbs/02_data.ipynb #3d6db36c
-def mix(*numbers: int) -> int:
+def mix(
+    *numbers: int,  # seed, epoch, image, …
+) -> int:  # 32 bits
     "One seed out of several numbers"
     return int(np.random.SeedSequence([int(n) & 0xFFFFFFFF for n in numbers]).generate_state(1)[0])
 
@@ -138,6 +151,7 @@ def read(self: Images, k: int) -> Tensor:  # (3,h,w) uint8
     raise ValueError(f"{path} is {image.shape[1]}×{image.shape[0]} pixels, its annotation says {s.sizes[k][1]}×"
                      f"{s.sizes[k][0]}: boxes would lie elsewhere; correct the file or the annotation")
 
+# %% ../nbs/02_data.ipynb #d18c5fc4
 @patch
 def own(self: Images, k: int) -> tuple:  # image (3,h,w) uint8, boxes (n,4) xyxy in pixels, labels (n,)
     "An image as it is, and its objects"
@@ -145,6 +159,7 @@ def own(self: Images, k: int) -> tuple:  # image (3,h,w) uint8, boxes (n,4) xyxy
     keep = ~s.crowd[rows]
     return self.read(k), s.boxes[rows][keep], s.labels[rows][keep]
 
+# %% ../nbs/02_data.ipynb #9e03b72d
 @patch
 def view(self: Images, epoch: int, k: int, side: int) -> tuple:  # image (3,side,side) uint8, boxes xyxy in pixels, labels
     "An augmented view of an image, or of it and three others"
@@ -159,7 +174,10 @@ def view(self: Images, epoch: int, k: int, side: int) -> tuple:  # image (3,side
 
 # %% ../nbs/02_data.ipynb #40506a4b
 @patch
-def __getitem__(self: Images, key) -> tuple:
+def __getitem__(
+    self: Images,
+    key,  # k, (epoch, k) or (epoch, k, side)
+) -> tuple:  # image (3,side,side) uint8, target
     "The sample of a key; in training, the next one that can be read"
     if not isinstance(key, tuple): return self.sample(0, key, self.side)
     epoch, k, side = (*key, self.side)[:3]
@@ -176,7 +194,7 @@ def order(
     n: int,  # images
     batch: int,  # images in a batch
     seed: int,  # of the run
-    epoch: int,
+    epoch: int,  # from 0
     drop_last: bool = True,  # leave a last, smaller batch out
     sides: list = (),  # multi-scale: a batch has one of these sides
 ) -> list:  # lists of (epoch, image) or (epoch, image, side)
@@ -186,19 +204,29 @@ def order(
     if sides: out = [[(*key, sides[mix(seed, 2, epoch, i) % len(sides)]) for key in b] for i, b in enumerate(out)]
     return out[:-1] if drop_last and len(out) > 1 and len(out[-1]) < batch else out
 
-def sides_around(side: int) -> list:
+# %% ../nbs/02_data.ipynb #7994eab6
+def sides_around(
+    side: int,  # the usual one, pixels
+) -> list:  # pixels, multiples of 32
     "RT-DETR's sides for multi-scale training: from 3/4 to 5/4, in steps of 32 pixels"
     return list(range(max(32, round(side * .75 / 32) * 32), round(side * 1.25 / 32) * 32 + 1, 32))
 
-def in_order(n: int, batch: int) -> list:
+# %% ../nbs/02_data.ipynb #f7a4e384
+def in_order(
+    n: int,  # images
+    batch: int,  # images in a batch
+) -> list:  # lists of image numbers
     "All images in batches, in order: for evaluation"
     return [list(range(i, min(i + batch, n))) for i in range(0, n, batch)]
 
-# %% ../nbs/02_data.ipynb #1565c2cd
-def collate(samples: list) -> tuple:  # images (b,3,side,side) uint8, list of targets
+# %% ../nbs/02_data.ipynb #c56d4829
+def collate(
+    samples: list,  # b pairs (image, target)
+) -> tuple:  # images (b,3,side,side) uint8, list of targets
     "A batch"
     return torch.stack([i for i, _ in samples]), [t for _, t in samples]
 
+# %% ../nbs/02_data.ipynb #1565c2cd
 class Batches(DataLoader):
     "Batches; says which files could not be read, and stops when they are too many"
     def __iter__(self):
@@ -210,12 +238,14 @@ class Batches(DataLoader):
     def lost(self, what: str):
         "Count a file that could not be read, once"
         seen, most = self.dataset.lost, allowed(len(self.dataset))
-        if what not in seen: print(f"image skipped, another takes its place: {what} ({len(seen) + 1} of at most {most})", flush=True)
+        if what not in seen: print(f"image skipped, another takes its place: {what} ({len(seen) + 1} of "
+                                   f"at most {most})", flush=True)
         seen[what] = True
         if len(seen) > most:
             raise ValueError(f"{len(seen)} images could not be read in training, more than an accident: rtdetr_kd.data.check(folder) lists them; "
                              f"the last is {what}")
 
+# %% ../nbs/02_data.ipynb #b1f9cbcf
 def loader(
     data: Images,
     batches: list,  # from `order` or `in_order`

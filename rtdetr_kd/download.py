@@ -18,16 +18,22 @@ from .other_formats import read_split
 from .toy import cache_dir
 
 # %% ../nbs/02_download.ipynb #15989663
-def request(url: str, start: int):
+def request(
+    url: str,
+    start: int,  # bytes that we have
+) -> tuple:  # response, start, bytes of the whole or None
     "Ask for the bytes from `start` on: the answer, where it really starts, and the size of the whole (or None)"
-    r = urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60)
+    r = urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {}),
+                               timeout=60)
     whole = re.search(r"/(\d+)$", r.headers.get("Content-Range", ""))
     if r.status == 206: return r, start, int(whole[1]) if whole else None
     n = r.headers.get("Content-Length")
     return r, 0, int(n) if n else None
 
 # %% ../nbs/02_download.ipynb #58096fff
-def digest(path: Path) -> str:
+def digest(
+    path: Path,  # of a file
+) -> str:  # 64 hex digits
     "SHA-256 of a file"
     h = hashlib.sha256()
     with open(path, "rb") as f:
@@ -35,12 +41,19 @@ def digest(path: Path) -> str:
     return h.hexdigest()
 
 # %% ../nbs/02_download.ipynb #bfaeb586
-def receive(url: str, part: Path, said: list) -> int | None:
-    "Append what is missing to `part`; the size of the whole, if the server tells"
+def receive(
+    url: str,
+    part: Path,  # of what we have so far; it grows
+    said: list,  # [when progress was last printed, seconds]
+) -> int | None:  # bytes of the whole
+    "Append what is missing to `part`; the size of the whole, if the server tells. `ValueError`, `OSError`"
     r, start, total = request(url, part.stat().st_size if part.exists() else 0)
-    if "text/html" in r.headers.get("Content-Type", ""): raise ValueError(f"{url} answers with a web page, not with a file: the address is wrong or needs a login")
+    if "text/html" in r.headers.get("Content-Type",
+                                    ""): raise ValueError(f"{url} answers with a web page, not with a file: the "
+                                    "address is wrong or needs a login")
     if total and shutil.disk_usage(part.parent).free < total - start + (64 << 20):
-        raise OSError(f"{part.parent} has {shutil.disk_usage(part.parent).free / 1e9:.1f} GB free, and {url} needs {(total - start) / 1e9:.1f} GB more: make room or set RTDETR_KD_CACHE to another disk")
+        raise OSError(f"{part.parent} has {shutil.disk_usage(part.parent).free / 1e9:.1f} GB free, and {url} needs "
+                      f"{(total - start) / 1e9:.1f} GB more: make room or set RTDETR_KD_CACHE to another disk")
     with r, open(part, "ab" if start else "wb") as f:
         while block := r.read(1 << 18):
             f.write(block)
@@ -51,13 +64,13 @@ def receive(url: str, part: Path, said: list) -> int | None:
 
 # %% ../nbs/02_download.ipynb #924f5b7d
 def fetch(
-    url: str,
+    url: str,  # http or https
     path,  # where the whole file will be
     sha256: str | None = None,  # of the whole file
     tries: int = 6,  # in a row without any progress
     pause: float = 2.,  # seconds before the second try; doubles
 ) -> Path:
-    "Download a file; an interrupted download goes on where it broke off, in this call or the next"
+    "Download a file; an interrupted download goes on where it broke off, in this call or the next. `OSError`, `ValueError`"
     path = Path(path)
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +84,8 @@ def fetch(
             error = f"{part.stat().st_size if part.exists() else 0} of {total} bytes came"
         except urllib.error.HTTPError as e:
             if e.code == 416: part.unlink(missing_ok=True)  # what we have is no part of it
-            elif e.code < 500: raise ValueError(f"{url} answers {e.code} {e.reason}: the address is wrong or the file is gone") from None
+            elif e.code < 500: raise ValueError(f"{url} answers {e.code} {e.reason}: the address is wrong or "
+                                                "the file is gone") from None
             error = f"the server answers {e.code}"
         except (urllib.error.URLError, ConnectionError, TimeoutError, EOFError) as e: error = str(getattr(e, "reason", e))
         except OSError as e:
@@ -79,25 +93,32 @@ def fetch(
             error = str(e)
         size = part.stat().st_size if part.exists() else 0
         failed, most = (0, size) if size > most else (failed + 1, most)
-        if failed >= tries: raise OSError(f"{url} could not be fetched ({error}); what has come so far is kept, so call again when the network is back, or put the file at {path} yourself")
+        if failed >= tries: raise OSError(f"{url} could not be fetched ({error}); what has come so far is kept, so "
+                                          f"call again when the network is back, or put the file at {path} yourself")
         time.sleep(min(pause * 2**failed, 60))
     if sha256 and digest(part) != sha256:
         part.unlink()
-        raise ValueError(f"{url} is not the file it should be (its SHA-256 differs): it was removed; try again, and if it stays so the source has changed")
+        raise ValueError(f"{url} is not the file it should be (its SHA-256 differs): it was removed; try again, and "
+                         "if it stays so the source has changed")
     os.replace(part, path)
     return path
 
 # %% ../nbs/02_download.ipynb #db4c2777
-def unzip(archive: Path, folder: Path):
-    "Unpack what is not there yet"
+def unzip(
+    archive: Path,  # a zip file
+    folder: Path,  # where its files go
+):
+    "Unpack what is not there yet. `ValueError`"
     said, base = time.time(), Path(folder).resolve()
     try: z = zipfile.ZipFile(archive)
-    except zipfile.BadZipFile: raise ValueError(f"{archive} is not a whole zip file: delete it and download it again") from None
+    except zipfile.BadZipFile: raise ValueError(f"{archive} is not a whole zip file: delete it and "
+                                                "download it again") from None
     with z:
         infos = [i for i in z.infolist() if not i.is_dir()]
         for k, i in enumerate(infos):
             to = (base / i.filename).resolve()
-            if not to.is_relative_to(base): raise ValueError(f"{archive} holds the name {i.filename!r}, which would land outside {folder}")
+            if not to.is_relative_to(base): raise ValueError(f"{archive} holds the name {i.filename!r}, which would "
+                                                             f"land outside {folder}")
             if to.exists() and to.stat().st_size == i.file_size: continue
             to.parent.mkdir(parents=True, exist_ok=True)
             part = to.with_name(to.name + ".part")
@@ -105,11 +126,16 @@ def unzip(archive: Path, folder: Path):
             os.replace(part, to)
             if time.time() - said > 10: said = time.time(); print(f"  {k + 1:,} of {len(infos):,} files", flush=True)
 
-# %% ../nbs/02_download.ipynb #37df9712
+# %% ../nbs/02_download.ipynb #2a4e2420
 COCO = "http://images.cocodataset.org"
 COCO_PARTS = dict(annotations="annotations/annotations_trainval2017.zip", val="zips/val2017.zip", train="zips/train2017.zip")
 
-def coco_archive(name: str, folder: Path, base: str, keep: bool = False):
+def coco_archive(
+    name: str,  # annotations, val or train
+    folder: Path,  # where its files go
+    base: str,  # the server
+    keep: bool = False,  # the archive, once unpacked
+):
     "Fetch and unpack one archive of COCO, unless that is done"
     done, rest = folder / f".{name}.done", COCO_PARTS[name]
     if done.exists(): return
@@ -119,17 +145,18 @@ def coco_archive(name: str, folder: Path, base: str, keep: bool = False):
     done.touch()
     if not keep: archive.unlink()
 
+# %% ../nbs/02_download.ipynb #39667eaa
 def coco(
     folder: Path | None = None,  # default: `coco` in the cache
     base: str = COCO,  # a mirror, if you have one
-    keep_archives: bool = False,
+    keep_archives: bool = False,  # do not remove them once unpacked
 ) -> Path:
     "Download and unpack COCO 2017; call again after an interruption"
     folder = Path(folder or os.environ.get("RTDETR_KD_COCO") or cache_dir() / "coco")
     for name in COCO_PARTS: coco_archive(name, folder, base, keep_archives)
     return folder
 
-# %% ../nbs/02_download.ipynb #86bb301d
+# %% ../nbs/02_download.ipynb #1c61fb79
 def fetch_all(
     files: list,  # (url, path), …
     threads: int = 32,  # at a time
@@ -139,13 +166,15 @@ def fetch_all(
     said = time.time()
     with ThreadPoolExecutor(threads) as pool:
         for k, _ in enumerate(pool.map(lambda f: fetch(*f), todo)):
-            if time.time() - said > 10: said = time.time(); print(f"  {len(files) - len(todo) + k + 1:,} of {len(files):,} images", flush=True)
+            if time.time() - said > 10: said = time.time(); print(f"  {len(files) - len(todo) + k + 1:,} of "
+                                                                  f"{len(files):,} images", flush=True)
 
+# %% ../nbs/02_download.ipynb #9a44d0c6
 def coco_part(
     n: int,  # training images
     folder: Path | None = None,  # default: `coco-n` in the cache
-    base: str = COCO,
-    threads: int = 32,
+    base: str = COCO,  # a mirror, if you have one
+    threads: int = 32,  # images at a time
 ) -> Path:  # the folder to give to `-p data` or RTDETR_KD_COCO
     "Only the images that `coco_subset=n` uses; call again after an interruption"
     folder = Path(folder or cache_dir() / f"coco-{n}")
@@ -159,7 +188,7 @@ def coco_part(
     if not (folder / "part/annotations/instances_val.json").exists(): write_copy(splits, folder / "part")
     return folder / "part"
 
-# %% ../nbs/02_download.ipynb #6d4bd98e
+# %% ../nbs/02_download.ipynb #9116d1f9
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Download a data set")
     p.add_argument("what", choices=["coco"]); p.add_argument("--folder", type=Path); p.add_argument("--base", default=COCO)

@@ -21,13 +21,18 @@ try: import simplejpeg
 except ImportError: simplejpeg = None
 
 # %% ../nbs/01_images.ipynb #8841e23d
-def from_grey(im: Image.Image) -> Image.Image:
+def from_grey(
+    im: Image.Image,  # mode I, I;16 or F
+) -> Image.Image:  # mode L
     "A grey image of 16 or 32 bits, scaled to 8; of floats, a `ValueError`"
     if im.mode == "F": raise ValueError("an image of floats has no known range: save it with 8 or 16 bits")
     x = np.asarray(im).astype(float)
     return Image.fromarray((x / (257 if im.mode != "I" or x.max() > 255 else 1)).round().clip(0, 255).astype(np.uint8))
 
-def as_rgb(im: Image.Image) -> Image.Image:
+# %% ../nbs/01_images.ipynb #a8f1519b
+def as_rgb(
+    im: Image.Image,  # any mode
+) -> Image.Image:  # mode RGB
     "8-bit RGB: 16-bit greys are scaled, transparency is laid on white; an image of floats is a `ValueError`"
     if im.mode[0] in "IF": im = from_grey(im)
     if im.has_transparency_data:
@@ -36,7 +41,7 @@ def as_rgb(im: Image.Image) -> Image.Image:
     return im.convert("RGB")
 
 # %% ../nbs/01_images.ipynb #fe7e9d73
-MAX_PIXELS = 400_000_000  # of one image: 1.2 GB as RGB
+MAX_PIXELS = 400_000_000  # of one image
 opening = threading.Lock()
 
 def open_header(
@@ -48,7 +53,8 @@ def open_header(
     with opening:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try: im = Image.open(path, formats=formats)
-        except UnidentifiedImageError: raise ValueError("this is no image, or of a format that Pillow does not know") from None
+        except UnidentifiedImageError: raise ValueError("this is no image, or of a format that "
+                                                        "Pillow does not know") from None
         finally: Image.MAX_IMAGE_PIXELS = usual
     if im.width * im.height > limit:
         raise ValueError(f"{im.width}×{im.height} pixels are more than the limit of {limit / 1e6:g} million: make it smaller, "
@@ -56,34 +62,52 @@ def open_header(
     return im
 
 # %% ../nbs/01_images.ipynb #6371d96b
-def orientation(im: Image.Image) -> int:
+def orientation(
+    im: Image.Image,  # opened, not yet turned
+) -> int:  # 1..8
     "The EXIF note: 1 as stored, 3 upside down, 6 and 8 turned by 90°, the others mirrored"
     try: n = im.getexif().get(0x0112, 1)
     except Exception: return 1  # a damaged note says nothing
     return n if isinstance(n, int) and 1 <= n <= 8 else 1
 
+# %% ../nbs/01_images.ipynb #b7d4e9cb
 TURNS = {2: (0, 1, 0), 3: (0, 1, 1), 4: (0, 0, 1), 5: (1, 0, 0), 6: (1, 1, 0), 7: (1, 1, 1), 8: (1, 0, 1)}  # swap axes, then flip x, y
 
-def turn(pixels: np.ndarray, note: int) -> np.ndarray:  # (h,w,3)
+def turn(
+    pixels: np.ndarray,  # (h,w,3) as stored
+    note: int,  # the EXIF orientation
+) -> np.ndarray:  # (h,w,3), or (w,h,3) for 5 to 8
     "Pixels as the EXIF note wants them seen"
     swap, x, y = TURNS.get(note, (0, 0, 0))
     if swap: pixels = pixels.swapaxes(0, 1)
     return pixels[::-1 if y else 1, ::-1 if x else 1]
 
-# %% ../nbs/01_images.ipynb #7a7f38d4
-def decode_fast(data: bytes) -> np.ndarray | None:  # (h,w,3) uint8
+# %% ../nbs/01_images.ipynb #0647e1e4
+def decode_fast(
+    data: bytes,  # a whole file
+) -> np.ndarray | None:  # (h,w,3) uint8
     "A plain, whole JPEG by the fast decoder; None for anything else"
     if simplejpeg is None or data[:2] != b"\xff\xd8": return None
     try: return simplejpeg.decode_jpeg(data) if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray") else None
     except ValueError: return None
 
-def pixels_of(im: Image.Image, data: bytes, upright: bool = True) -> np.ndarray:  # (h,w,3) uint8
+# %% ../nbs/01_images.ipynb #502bffa8
+def pixels_of(
+    im: Image.Image,  # the opened header
+    data: bytes,  # the whole file
+    upright: bool = True,  # turn it as its EXIF note says
+) -> np.ndarray:  # (h,w,3) uint8
     "The pixels of a file whose header was read; it raises whatever the decoder does"
     pixels = decode_fast(data) if im.format == "JPEG" else None
     if pixels is None: pixels = np.asarray(as_rgb(im))
     return turn(pixels, orientation(im)) if upright else pixels
 
-def read_pixels(path, upright: bool, limit: int) -> np.ndarray:  # (h,w,3) uint8
+# %% ../nbs/01_images.ipynb #5a57ec0d
+def read_pixels(
+    path,  # file or PIL image
+    upright: bool,  # turn it as its EXIF note says
+    limit: int,  # pixels
+) -> np.ndarray:  # (h,w,3) uint8
     "The pixels of a file or a PIL image"
     if isinstance(path, Image.Image): return np.asarray(as_rgb(ImageOps.exif_transpose(path) if upright else path))
     data = Path(path).read_bytes()
@@ -110,16 +134,19 @@ def open_image(
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
         raise ValueError(f"{path} cannot be read as an image ({e})") from None
 
-# %% ../nbs/01_images.ipynb #6b2cabf2
-def kind_of(im: Image.Image) -> str:
+# %% ../nbs/01_images.ipynb #d1ab3335
+def kind_of(
+    im: Image.Image,  # opened
+) -> str:  # empty: nothing
     "What is unusual about an image, in words; empty for plain 8-bit RGB or grey"
     if im.mode[0] == "I": return "16-bit grey: scaled by 1/257"
     if getattr(im, "n_frames", 1) > 1: return "several frames: the first is taken"
     if im.mode == "CMYK": return "CMYK: converted to RGB"
     return "transparency: laid on white" if im.has_transparency_data else ""
 
+# %% ../nbs/01_images.ipynb #6b2cabf2
 def look(
-    path: Path,
+    path: Path,  # of an image file
 ) -> tuple:  # height and width as stored, EXIF orientation, what is unusual, what makes it unreadable, digest
     "Everything that a check wants to know about an image file; never raises"
     try:
@@ -135,10 +162,14 @@ def look(
     except Exception as e: return 0, 0, 1, "", str(e).replace(str(path), Path(path).name) or type(e).__name__, ""
 
 # %% ../nbs/01_images.ipynb #8dced7d9
-def as_tensor(pixels: np.ndarray) -> Tensor:  # (h,w,3) -> (3,h,w), the memory stays as it is
+def as_tensor(
+    pixels: np.ndarray,  # (h,w,3) uint8
+) -> Tensor:  # (3,h,w) uint8, the memory stays as it is
     "Pixels as a tensor"
-    return torch.from_numpy(pixels if pixels.flags.writeable and all(s > 0 for s in pixels.strides) else pixels.copy()).permute(2, 0, 1)
+    usable = pixels.flags.writeable and all(s > 0 for s in pixels.strides)  # torch takes no flipped arrays
+    return torch.from_numpy(pixels if usable else pixels.copy()).permute(2, 0, 1)
 
+# %% ../nbs/01_images.ipynb #7b96e070
 def to_square(
     image: Tensor,  # (3,h,w) uint8
     side: int,  # pixels

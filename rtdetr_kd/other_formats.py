@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .annotations import Split, Table, clean, coco_table, note, number, refuse, size_of
+from .annotations import coco_table, number, size_of
+from .arrays import Split
+from .repairs import Table, clean, note, refuse
 
 # %% ../nbs/02_annotations_other.ipynb #243a0690
 LAYOUT = "annotations/instances_train.json, annotations/instances_val.json and images/"
@@ -25,7 +27,8 @@ def split_files(
 ) -> tuple | None:  # annotation file and image folder, or None
     "Where a split in COCO's format is"
     dirs = (f"images/{split}", split, "images", ".")
-    layouts = [(f"annotations/instances_{split}.json", dirs), (f"annotations/instances_{split}2017.json", (f"{split}2017", f"images/{split}2017")),
+    layouts = [(f"annotations/instances_{split}.json", dirs),
+               (f"annotations/instances_{split}2017.json", (f"{split}2017", f"images/{split}2017")),
                (f"{split}/_annotations.coco.json", (split,)), (f"annotations/{split}.json", dirs), (f"{split}.json", dirs)]
     if split == "val": layouts.append(("valid/_annotations.coco.json", ("valid",)))  # Roboflow's name for it
     for ann, dirs in layouts:
@@ -35,26 +38,38 @@ def split_files(
 # %% ../nbs/02_annotations_other.ipynb #aec67148
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".jfif", ".jp2"}
 
-def text_of(path: Path) -> str:
+def text_of(
+    path: Path,  # of a text file
+) -> str:
     "A small text file; `ValueError` if it is none"
     data = path.read_bytes()
     try: return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError: raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8, or correct what leads to it") from None
+    except UnicodeDecodeError: raise ValueError(f"{path} is no text in UTF-8: save it as UTF-8, or correct "
+                                                "what leads to it") from None
 
-# %% ../nbs/02_annotations_other.ipynb #574bd219
-def read_yaml(folder: Path) -> tuple | None:  # file, content
+# %% ../nbs/02_annotations_other.ipynb #f0495021
+def read_yaml(
+    folder: Path,  # of the data set
+) -> tuple | None:  # file, content
     "The YOLO description of a folder, if it has one"
     for p in sorted(folder.glob("*.y*ml"), key=lambda p: (p.stem != "data", p)):  # data.yaml before any other
         try: d = yaml.load(text_of(p), yaml.BaseLoader)  # texts only: a class named `no` is no truth value
-        except yaml.YAMLError as e: raise ValueError(f"{p} is not readable YAML ({str(e).splitlines()[0]}): correct it, or move it elsewhere") from None
+        except yaml.YAMLError as e: raise ValueError(f"{p} is not readable YAML ({str(e).splitlines()[0]}): correct "
+                                                     "it, or move it elsewhere") from None
         if isinstance(d, dict) and "names" in d and "train" in d: return p, d
 
-def places(folder: Path, d: dict, split: str) -> list:
+# %% ../nbs/02_annotations_other.ipynb #574bd219
+def places(
+    folder: Path,  # of the data set
+    d: dict,  # the content of its `data.yaml`
+    split: str,  # train, select or val
+) -> list:  # paths of images
     "Image files of a split, as `data.yaml` says; ValueError for a place that does not exist"
     given, out = d.get(split, d.get("valid") if split == "val" else None), []
     none = ("", "null", "~", None)
     for e in given if isinstance(given, list) else [] if given in none else [given]:
-        if not isinstance(e, str): raise ValueError(f"{folder}: data.yaml says that '{split}' is in {e!r}; give a folder of images, a text file that lists them, or a list of such")
+        if not isinstance(e, str): raise ValueError(f"{folder}: data.yaml says that '{split}' is in {e!r}; give a "
+                                                    "folder of images, a text file that lists them, or a list of such")
         inner = e.replace("\\", "/").removeprefix("../").removeprefix("./")
         tried = [folder / ("" if d.get("path") in none else str(d["path"])) / e, folder / e, folder / inner]
         at = next((p for p in tried if p.exists()), None)
@@ -63,23 +78,38 @@ def places(folder: Path, d: dict, split: str) -> list:
         else: out += [at.parent / line.strip() for line in text_of(at).splitlines() if line.strip()]
     return out
 
-def label_file(image: Path) -> Path:
+# %% ../nbs/02_annotations_other.ipynb #279d04be
+def label_file(
+    image: Path,  # of an image
+) -> Path:  # of its text file, which need not exist
     "Where the boxes of a YOLO image are: the last folder `images` becomes `labels`"
     parts = list(image.parts)
     last = max((k for k, p in enumerate(parts[:-1]) if p == "images"), default=None)
     if last is not None: parts[last] = "labels"
     return Path(*parts).with_suffix(".txt")
 
-# %% ../nbs/02_annotations_other.ipynb #86993c3f
-def class_names(d: dict, where: Path, problems: list) -> list:  # (number, name) of each class
+# %% ../nbs/02_annotations_other.ipynb #22396ef5
+def class_names(
+    d: dict,  # the content of `data.yaml`
+    where: Path,  # its path, for messages
+    problems: list,  # added to in place
+) -> list:  # (number, name) of each class
     "The classes that `data.yaml` names; ValueError"
     names = d["names"] if isinstance(d["names"], dict) else dict(enumerate(d["names"])) if isinstance(d["names"], list) else {}
     if not names or not all(str(i).isdecimal() and isinstance(n, str) for i, n in names.items()):
-        raise ValueError(f"{where}: names={str(d['names'])[:60]!r} is no list of class names; give [cat, dog], or 0: cat, 1: dog")
-    if str(d.get("nc", len(names))) != str(len(names)): note(problems, f"nc is {d['nc']}, and names has {len(names)}: names is taken", "look", [where.name])
+        raise ValueError(f"{where}: names={str(d['names'])[:60]!r} is no list of class names; give [cat, dog], or "
+                         "0: cat, 1: dog")
+    if str(d.get("nc", len(names))) != str(len(names)):
+        note(problems, f"nc is {d['nc']}, and names has {len(names)}: names is taken", "look", [where.name])
     return sorted((int(i), n) for i, n in names.items())
 
-def yolo_line(line: str, w: int, h: int, pose: bool = False) -> tuple:  # class number (-1: none), box xywh in pixels (nan: none)
+# %% ../nbs/02_annotations_other.ipynb #f188e4aa
+def yolo_line(
+    line: str,  # of a label file
+    w: int,  # of the image, pixels
+    h: int,  # of the image, pixels
+    pose: bool = False,  # key points follow the box
+) -> tuple:  # class number (-1: none), box xywh in pixels (nan: none)
     "A line of a YOLO label file; with `pose`, key points follow the box"
     v = [number(x) for x in line.split()]
     if len(v) in (5, 6) or pose and len(v) > 6: cx, cy, bw, bh = v[1:5]  # six: a prediction with its score
@@ -90,7 +120,13 @@ def yolo_line(line: str, w: int, h: int, pose: bool = False) -> tuple:  # class 
     c = int(v[0]) if v and v[0] == v[0] and v[0] == int(v[0]) else -1
     return c, [(cx - bw / 2) * w, (cy - bh / 2) * h, bw * w, bh * h]
 
-def yolo_table(folder: Path, d: dict, split: str, problems: list) -> Table | None:
+# %% ../nbs/02_annotations_other.ipynb #92a12d7b
+def yolo_table(
+    folder: Path,  # of the data set
+    d: dict,  # the content of its `data.yaml`
+    split: str,  # train, select or val
+    problems: list,  # added to in place
+) -> Table | None:  # None where the yaml does not name the split
     "A YOLO split as a table; image ids are 1, 2, 3, … in the order of the files"
     found = places(folder, d, split)
     if not found: return None
@@ -103,41 +139,65 @@ def yolo_table(folder: Path, d: dict, split: str, problems: list) -> Table | Non
         for n, line in enumerate(filter(str.strip, text.splitlines()), 1):
             c, box = yolo_line(line, w, h, "kpt_shape" in d)
             if not math.isfinite(number(line.split()[0])):
-                note(problems, "line that does not begin with a class number: a line is 'class x y width height', parted by blanks", "stop", [f"{label_file(p).name} line {n}: {line[:40]}"])
+                note(problems, "line that does not begin with a class number: a line is 'class x y width height', "
+                               "parted by blanks", "stop", [f"{label_file(p).name} line {n}: {line[:40]}"])
                 continue
             rows.append((k, at.get(c, -1), *box)); ids.append(f"{label_file(p).name} line {n}")
     t = np.array(rows, float).reshape(-1, 6)
     m = len(t)
     return Table(images, cats, t[:, 0].astype(int), t[:, 1].astype(int), t[:, 2:], np.zeros(m, bool), t[:, 4] * t[:, 5], ids)
 
-# %% ../nbs/02_annotations_other.ipynb #ba90c0a1
-def voc_files(folder: Path, split: str) -> list | None:
+# %% ../nbs/02_annotations_other.ipynb #29c57550
+def voc_files(
+    folder: Path,  # of the data set
+    split: str,  # train, select or val
+) -> list | None:  # paths; None where there is no such split
     "XML files of a split: by the list in ImageSets/Main, or in a folder of its name"
     listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if listed.is_file(): return [folder / "Annotations" / f"{x.split()[0]}.xml" for x in text_of(listed).splitlines() if x.strip()]
+    if listed.is_file(): return [folder / "Annotations" / f"{x.split()[0]}.xml" for x in text_of(listed).splitlines()
+                                 if x.strip()]
     for d in (split, "valid") if split == "val" else (split,):
         if any((folder / d).glob("*.xml")): return sorted((folder / d).glob("*.xml"))
 
-def read_xml(path: Path) -> tuple:  # file name, width, height, objects (name, difficult, corners)
-    "A VOC annotation"
+# %% ../nbs/02_annotations_other.ipynb #43341f8f
+def read_xml(
+    path: Path,  # of an annotation
+) -> tuple:  # file name, width, height, objects (name, difficult, corners)
+    "A VOC annotation. `ValueError` if it is none"
     try: root = ET.parse(path).getroot()
-    except FileNotFoundError: raise ValueError(f"{path}: there is no such annotation, and the list of the split names it: correct the list, or add the file") from None
+    except FileNotFoundError: raise ValueError(f"{path}: there is no such annotation, and the list of the split "
+                                               "names it: correct the list, or add the file") from None
     except (ET.ParseError, OSError, ValueError, LookupError) as e: raise ValueError(f"{path} is not a readable XML annotation ({e}): export it again") from None
-    if root.tag != "annotation": raise ValueError(f"{path} is no Pascal VOC annotation: it begins with <{root.tag[:60]}>, and must with <annotation>")
+    if root.tag != "annotation": raise ValueError(f"{path} is no Pascal VOC annotation: it begins with "
+                                                  f"<{root.tag[:60]}>, and must with <annotation>")
     corners = lambda o: [number(o.findtext(f"bndbox/{k}")) for k in ("xmin", "ymin", "xmax", "ymax")]
-    objects = [((o.findtext("name") or "").strip(), number(o.findtext("difficult"), 0) > 0, corners(o)) for o in root.iter("object")]
-    return root.findtext("filename") or "", number(root.findtext("size/width"), 0), number(root.findtext("size/height"), 0), objects
+    objects = [((o.findtext("name") or "").strip(), number(o.findtext("difficult"), 0) > 0, corners(o))
+               for o in root.iter("object")]
+    w, h = (number(root.findtext(f"size/{k}"), 0) for k in ("width", "height"))
+    return root.findtext("filename") or "", w, h, objects
 
-def picture_of(xml: Path, written: str, folder: Path) -> Path:
+# %% ../nbs/02_annotations_other.ipynb #9f8d16bb
+def picture_of(
+    xml: Path,  # the annotation
+    written: str,  # the file name that it holds
+    folder: Path,  # of the data set
+) -> Path:  # of the image, which need not exist
     "The image of an annotation: of its stem, else of the name that it holds"
     dirs = [folder / "JPEGImages", folder / "images", xml.parent]
     tried = [d / f"{xml.stem}{s}" for d in dirs for s in (*sorted(PICTURES), *(x.upper() for x in sorted(PICTURES)))]
-    tried = [*(d / written for d in dirs if written and Path(written).stem == xml.stem), *tried, *(d / written for d in dirs if written)]
+    tried = [*(d / written for d in dirs if written and Path(written).stem == xml.stem), *tried,
+             *(d / written for d in dirs if written)]
     return next((p for p in tried if p.is_file()), dirs[0] / (written or xml.stem))
 
-def voc_table(folder: Path, found: list, problems: list) -> Table:
+# %% ../nbs/02_annotations_other.ipynb #ba90c0a1
+def voc_table(
+    folder: Path,  # of the data set
+    found: list,  # XML files of the split
+    problems: list,  # added to in place
+) -> Table:
     "A VOC split as a table; image ids are 1, 2, 3, … in the order of the files"
-    everything = {p: read_xml(p) for p in {*found, *(folder / "Annotations").glob("*.xml"), *(p for d in ("train", "val", "valid", "select") for p in (folder / d).glob("*.xml"))}}
+    dirs = ("Annotations", "train", "val", "valid", "select")
+    everything = {p: read_xml(p) for p in {*found, *(p for d in dirs for p in (folder / d).glob("*.xml"))}}
     cats = list(enumerate(sorted({n for *_, objects in everything.values() for n, *_ in objects if n}), 1))
     at, images, rows, ids = {n: k for k, (_, n) in enumerate(cats)}, [], [], []
     first = min((v for *_, objects in everything.values() for *_, c in objects for v in c[:2] if v >= 0), default=1)
@@ -148,20 +208,27 @@ def voc_table(folder: Path, found: list, problems: list) -> Table:
         w, h = map(int, (w, h) if min(w, h) >= 1 else size_of(p))
         images.append(dict(id=k + 1, file_name=str(p.relative_to(folder)), width=w, height=h))
         for n, (name, hard, (x1, y1, x2, y2)) in enumerate(objects, 1):
-            rows.append((k, at.get(name, -1), x1 - one, y1 - one, x2 - x1 + one, y2 - y1 + one, hard)); ids.append(f"{xml.name} object {n}")
+            rows.append((k, at.get(name, -1), x1 - one, y1 - one, x2 - x1 + one, y2 - y1 + one, hard))
+            ids.append(f"{xml.name} object {n}")
     t = np.array(rows, float).reshape(-1, 7)
     hard = t[:, 6] > 0
-    note(problems, "difficult object: not trained on, neither right nor wrong in evaluation", "look", [ids[j] for j in np.flatnonzero(hard)])
+    note(problems, "difficult object: not trained on, neither right nor wrong in evaluation", "look",
+         [ids[j] for j in np.flatnonzero(hard)])
     if one == 0: note(problems, "corners counted from 0: taken so", "look", [p.name for p in found[:1]])
-    return Table(images, cats, t[:, 0].astype(int), t[:, 1].astype(int), t[:, 2:6], hard, np.where(t[:, 4:6].min(1, initial=np.inf) > 0, t[:, 4] * t[:, 5], np.nan), ids)
+    return Table(images, cats, t[:, 0].astype(int), t[:, 1].astype(int), t[:, 2:6], hard,
+                 np.where(t[:, 4:6].min(1, initial=np.inf) > 0, t[:, 4] * t[:, 5], np.nan), ids)
 
-# %% ../nbs/02_annotations_other.ipynb #729183e5
-def annotation_files(folder: Path, split: str) -> list:
+# %% ../nbs/02_annotations_other.ipynb #44c609dd
+def annotation_files(
+    folder: Path,  # of the data set
+    split: str,  # train, select or val
+) -> list:  # paths
     "The files that say what is in the images of a split"
     if f := split_files(folder, split): return [f[0]]
     if y := read_yaml(folder): return [y[0], *(p for i in places(folder, y[1], split) if (p := label_file(i)).is_file())]
     return voc_files(folder, split) or []
 
+# %% ../nbs/02_annotations_other.ipynb #729183e5
 def read_split(
     folder: Path,  # of the data set
     split: str,  # train, select or val

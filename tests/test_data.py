@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 from rtdetr_kd.data import Images, augmentation, check, in_order, load_data, loader, order, pack_split, read_coco, summary
@@ -303,10 +303,10 @@ def test_yolo_and_voc_folders(tmp_path):
 
 
 def test_the_check_is_remembered(tmp_path, monkeypatch):
-    import rtdetr_kd.check
+    import rtdetr_kd.audit
     f, seen = folder_of(tmp_path), []
-    real = rtdetr_kd.check.look
-    monkeypatch.setattr(rtdetr_kd.check, "look", lambda p: seen.append(p) or real(p))
+    real = rtdetr_kd.audit.look
+    monkeypatch.setattr(rtdetr_kd.audit, "look", lambda p: seen.append(p) or real(p))
     load_data(str(f)); n = len(seen); load_data(str(f)); assert n == 5 and len(seen) == n
     Image.new("RGB", (100, 80), "red").save(f / "images/train/1.png")
     load_data(str(f)); assert len(seen) == n + 2  # that split is looked at again
@@ -315,6 +315,7 @@ def test_the_check_is_remembered(tmp_path, monkeypatch):
 # --- augmentation and evaluation, at random -------------------------------------------------------------------
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@example(135, 16, [(0., .5, .0078125, 0.)], 0, 96)  # .7 pixels wide: its edges are at half of a lower peak
 @given(st.integers(16, 300), st.integers(16, 300), st.lists(st.tuples(*[st.floats(0, 1)] * 4), min_size=1, max_size=3), st.integers(0, 10**6), st.sampled_from([96, 160]))
 def test_painted_boxes_stay_true(w, h, fractions, seed, side):
     "Each box has a colour of its own; where that colour is, the box is"
@@ -328,8 +329,9 @@ def test_painted_boxes_stay_true(w, h, fractions, seed, side):
     assert len(moved) == len(left) and out.shape == (3, side, side) and out.dtype == torch.uint8
     for b, k in zip(moved, left):
         assert (b >= 0).all() and (b <= side).all() and (b[2:] >= b[:2]).all()
-        ys, xs = torch.where(out[k] > 127)
-        if len(xs): assert np.abs(b - [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).max() <= 1.6
+        peak = out[k].max()  # less than 255 where the box is thinner than a pixel
+        ys, xs = torch.where(out[k] > peak / 2)
+        if peak > 127: assert np.abs(b - [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).max() <= 1.6
         else: assert (b[2:] - b[:2]).min() < 2  # thinner than a pixel
 
 
