@@ -434,7 +434,7 @@ def weights_mark(
     "The first 12 digits of the SHA-256 of a model's weights, wherever they came from"
     h = hashlib.sha256()
     for k, v in sorted(model.state_dict().items()):
-        h.update(k.encode()); h.update(v.detach().cpu().contiguous().numpy().tobytes())
+        h.update(k.encode()); h.update(v.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:12]
 
 # %% ../nbs/08_weights.ipynb #3632b9bf
