@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOAT32', 'ALLOWANCE', 'GAPS', 'Held', 'Plausible', 'some_pairs', 'some_partners', 'GpuAutocast', 'recomputed_on_gpu',
-           'teacher_spec', 'Rehearsal', 'rehearsal', 'itemised', 'predict', 'which_batch', 'status', 'growth',
-           'resident', 'on_gpu']
+           'teacher_spec', 'class_names', 'Rehearsal', 'rehearsal', 'itemised', 'predict', 'which_batch', 'status',
+           'growth', 'resident', 'on_gpu']
 
 # %% ../nbs/18_memory.ipynb #9a47db51
 import gc, os, subprocess, sys, weakref
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backbone import statistics_kept
-from .build import EMA, build_model, frozen_norms, param_groups
+from .build import EMA, build_model, frozen_norms, param_groups, shipped_teacher
 from .config import Config, configure
 from .distill import Teacher
 from .epoch import Learner, method_options
@@ -113,10 +113,14 @@ def recomputed_on_gpu(m: nn.Module):
     with GpuAutocast(), statistics_kept(m): yield
 
 # %% ../nbs/18_memory.ipynb #6ce145fa
-def teacher_spec(source: str, names: list) -> Spec:
-    "Of official:r50, random:r50, or a weights file"
+def teacher_spec(c: Config, names: list) -> Spec | None:
+    "Of official:r50, random:r50, a weights file, or the shipped one; None without a teacher"
+    if c.method == "none": return None
+    source = c.teacher or str(shipped_teacher())
     kind, _, size = source.partition(":")
     return Spec(names, **SIZES[size]) if kind in ("official", "random") else replace(read_weights(source)[1], names=names)
+
+def class_names(n: int) -> list: return [f"class {k}" for k in range(n)]
 
 class Rehearsal(Learner):
     "A learner on images of noise"
@@ -126,9 +130,11 @@ class Rehearsal(Learner):
         boxes: int = 8,  # objects in each image
         device: str = "cpu",
         held: Held | None = None,  # for fake tensors, which stay where they are
+        teacher: Spec | None = None,  # read before tensors are fake; None: read now
     ):
         self.c, self.device, self.held = c, torch.device(device), held
-        self.classes, self.boxes, self.names = classes, boxes, [f"class {k}" for k in range(classes)]
+        self.classes, self.boxes, self.names = classes, boxes, class_names(classes)
+        self.teacher_spec = teacher or teacher_spec(c, self.names)
         self.epoch, self.step, self.total, self.lam, self.columns, self.answers = 0, 0, 1, 1., None, None
         self.dtype = torch.float16 if c.precision == "auto" else getattr(torch, c.precision)
         self.teacher_dtype = self.dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
@@ -156,7 +162,7 @@ def fresh(self: Rehearsal) -> RTDETR:
 def build_method(self: Rehearsal) -> tuple:  # teacher, method
     "As in the learner, without looking at data"
     with self.of("elsewhere" if self.c.cache == "disk" else "teacher"):
-        teacher = Teacher(self.placed(RTDETR(teacher_spec(self.c.teacher, self.names))))
+        teacher = Teacher(self.placed(RTDETR(self.teacher_spec)))
         if self.teacher_dtype != torch.float32: teacher.lighten(self.teacher_dtype)
     side = self.c.image_size
     self.teacher_shapes = tuple((-(-side // s),) * 2 for s in teacher.model.backbone.strides)
@@ -195,11 +201,12 @@ def rehearsal(
 ):  # batch -> bytes at the peak, by kind
     "A training step on fake tensors, with all that makes it go through"
     held, stand_ins = Held(), dict(match="losses", match_queries="kd_logits")
+    teacher = teacher_spec(c, class_names(classes))  # a file is read before tensors are fake
     with ExitStack() as s:
         for mode in (FakeTensorMode(), GpuAutocast(), held, Plausible()): s.enter_context(mode)
         for (name, module), f in zip(stand_ins.items(), (some_pairs, some_partners)): s.enter_context(mock.patch(f"rtdetr_kd.{module}.{name}", f))
         s.enter_context(mock.patch("rtdetr_kd.backbone.statistics_kept", recomputed_on_gpu))
-        r = Rehearsal(c, classes, boxes, held=held)
+        r = Rehearsal(c, classes, boxes, held=held, teacher=teacher)
         r.update(r.draw(2))
         def peak(batch: int) -> dict:
             r.answers = None

@@ -1,4 +1,5 @@
 "Activation checkpointing changes nothing but memory; the predictor says what it must, and the canonical pair fits 4 GB"
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,15 @@ def test_batches():
     assert totals == sorted(totals)
     assert all(need[1][k] == need[3][k] for k in ("weights", "average", "optimizer"))
     assert which_batch((totals[2] + .3) / 1024 / .97, c, 5, 3, most=4) == 3
+
+
+def test_the_shipped_teacher_and_a_file_of_ones_own(tmp_path):
+    "What a teacher needs follows from its file, which is read before tensors are fake"
+    from rtdetr_kd.build import shipped_teacher
+    c = configure(data="toy", method="query", precision="float16", cache="none")
+    need = predict(c, 10, 3)
+    own = replace(c, teacher=str(shutil.copy(shipped_teacher(), tmp_path / "mine.safetensors")))
+    assert predict(own, 10, 3) == need and need["teacher"] > 5
 
 
 @pytest.mark.skipif("not __import__('os').environ.get('RTDETR_KD_SLOW')", reason="half a minute: set RTDETR_KD_SLOW=1; nbs/18_memory shows the result")
