@@ -236,10 +236,11 @@ def bad_step_told(self: Learner, window: list):
     except FloatingPointError as e:
         rows = [t.get("row", -1) for _, ts in window for t in ts]
         broken = [k for k, v in self.trained.state_dict().items() if not self.cut and not v.isfinite().all()]
+        path = self.folder / f"bad_step{f'-{self.rank}' if self.rank else ''}.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / ("bad_step.json" if not self.rank else f"bad_step-{self.rank}.json"), dict(step=self.step, epoch=self.epoch, lr=self.opt.param_groups[0]["lr"], precision=str(self.dtype),
+        write_json(path, dict(step=self.step, epoch=self.epoch, lr=self.opt.param_groups[0]["lr"], precision=str(self.dtype),
                    weights=broken, images=[self.images.split.files[r] for r in rows if 0 <= r < len(self.images)]))
-        raise FloatingPointError(f"{e}; {self.folder.name}/bad_step.json names the images") from None
+        raise FloatingPointError(f"{e}; {self.folder.name}/{path.name} names the images") from None
 
 @patch
 def judge(self: Learner, terms: dict) -> dict:
