@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-OURS = "from rtdetr_kd.annotations import read_coco; import rtdetr_kd.data"
+OURS = "from rtdetr_kd.data.coco import read_coco; import rtdetr_kd.data.dataset"
 RUN = """
 import resource, sys, time
 {imports}

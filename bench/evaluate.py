@@ -5,7 +5,7 @@ import contextlib, copy, io, sys, time
 
 import numpy as np
 
-from rtdetr_kd.evaluate import coco_ap
+from rtdetr_kd.model.evaluate import coco_ap
 
 
 def made(n: int, per: int = 300, classes: int = 80) -> tuple:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rtdetr_kd.config import root, write_json
-from rtdetr_kd.annotations import part
-from rtdetr_kd.data import load_data
-from rtdetr_kd.export import write_onnx, write_openvino
-from rtdetr_kd.latency import draw_published, machine, markdown_table, measure, race, rows_of, write_table
-from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.calibrate import calibrate
-from rtdetr_kd.quantize import gate, sensitivity, write_int8
-from rtdetr_kd.weights import COCO_NAMES, load_model, save_huggingface, save_model
+from rtdetr_kd.train.config import root, write_json
+from rtdetr_kd.data.split import part
+from rtdetr_kd.data.dataset import load_data
+from rtdetr_kd.deploy.export import write_onnx, write_openvino
+from rtdetr_kd.deploy.latency import draw_published, machine, markdown_table, measure, race, rows_of, write_table
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.deploy.calibrate import calibrate
+from rtdetr_kd.deploy.quantize import gate, sensitivity, write_int8
+from rtdetr_kd.model.weights import COCO_NAMES, load_model, save_huggingface, save_model
 
 PUBLISHED = root() / "runs" / "published" / "latency"
 

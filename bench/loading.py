@@ -11,7 +11,9 @@ from sklearn.datasets import load_sample_images
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from rtdetr_kd.data import Images, augmentation, pack_split
+from rtdetr_kd.data.dataset import Images
+from rtdetr_kd.data.augment import augmentation
+from rtdetr_kd.data.split import pack_split
 
 SIDE, N = 640, 24
 

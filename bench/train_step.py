@@ -19,13 +19,13 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-import rtdetr_kd.cache
-from rtdetr_kd.config import configure
-from rtdetr_kd.data import loader
-from rtdetr_kd.learner import Learner
-from rtdetr_kd.model import SIZES
+import rtdetr_kd.distill.cache
+from rtdetr_kd.train.config import configure
+from rtdetr_kd.data.dataset import loader
+from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.model.detector import SIZES
 
-rtdetr_kd.cache.verify = lambda *_: None  # an untrained teacher's surest queries are decided by rounding
+rtdetr_kd.distill.cache.verify = lambda *_: None  # an untrained teacher's surest queries are decided by rounding
 CASES = dict(canonical=dict(size="r18", teacher="r50", side=640, batch=2, classes=80, boxes=7, images=4),
              toy=dict(size="toy", teacher="toy_teacher", side=128, batch=16, classes=5, boxes=3, images=32))
 

@@ -71,20 +71,20 @@ def of_class(c, module: str, cell: str, said: dict) -> list:
     return out + [of_function(s, module, cell, said, c.name) for s in public]
 
 
-def read_module(path: Path) -> tuple:  # notebook's name, what the module is about, entries
+def read_module(path: Path, name: str) -> tuple:  # notebook's name, what the module is about, entries
     "Everything public that one file of the package defines, in the order of its notebook"
     source = path.read_text(encoding="utf-8")
     tree, said, cell, out = ast.parse(source), comments(source), {}, []
     for k, line in enumerate(source.splitlines(), 1):
-        m = re.match(r"# %% \.\./nbs/(.+)\.ipynb #(\w+)", line)
+        m = re.match(r"# %% (?:\.\./)+nbs/(.+)\.ipynb #(\w+)", line)
         if m: cell[k] = m[1], m[2]
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
         own = cell[max(k for k in cell if k <= node.lineno)][1]
-        if isinstance(node, ast.ClassDef): out += of_class(node, path.stem, own, said); continue
+        if isinstance(node, ast.ClassDef): out += of_class(node, name, own, said); continue
         patched = any(text(d).startswith("patch") for d in node.decorator_list)
         owner = text(node.args.args[0].annotation) if patched else ""
-        out.append(of_function(node, path.stem, own, said, owner))
+        out.append(of_function(node, name, own, said, owner))
     return next(iter(cell.values()))[0], ast.get_docstring(tree), [e for e in out if not e.name.split(".")[-1].startswith("__") or e.name.endswith("__call__")]
 
 
@@ -108,7 +108,7 @@ def page(name: str, notebook: str, about: str, entries: list, source_url: str) -
     here = {e.name for e in entries}
     for e in entries:
         level = "###" if e.name.split(".")[0] in here - {e.name} else "##"  # a method below its class, if the class is of this module
-        where = f"[in the story](#sym-{e.module}.{e.cell}) · [source]({source_url}/rtdetr_kd/{e.module}.py#L{e.line})"
+        where = f"[in the story](#sym-{e.module}.{e.cell}) · [source]({source_url}/rtdetr_kd/{e.module.replace('.', '/')}.py#L{e.line})"
         shown = e.signature if len(e.signature) < 60 else re.sub(r"\((.*)\)$", lambda m: "(\n    " + m[1].replace(", ", ",\n    ") + ",\n)", e.signature)
         out += [f"({e.label})=\n{level} {e.name}", f"```python\n{shown}\n```", cell_text(e.doc.splitlines()[0]) if e.doc else "", table(e), where]
     return "\n\n".join(x for x in out if x) + "\n"

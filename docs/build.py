@@ -14,9 +14,10 @@ from sphinx.cmd.build import main as sphinx
 
 import api, facts
 
-CHAPTERS = {  # caption: the notebooks whose number is at least this
-    "The data": "00", "The detector": "03", "Training and judging": "09", "Distillation": "12",
-    "The run and its results": "17_config", "After training": "21"}
+ROOMS = {  # caption: folder of nbs/
+    "The data": "data", "The detector": "model", "Distillation": "distill", "A run": "train",
+    "The study": "study", "To a device": "deploy", "The server": "serve"}
+GROUND = ["files", "names"]  # notebooks that everything stands on
 GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
 COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"  # what a fence of shell commands begins with
@@ -34,7 +35,8 @@ def directives(cell) -> str: return " ".join(re.findall(r"^#\|\s*(.+)$", cell.so
 
 def outside(link: str) -> str:
     "A link out of nbs/ leads to the file on GitHub"
-    return f"{source_url.replace('/blob/', '/tree/') if '.' not in Path(link).name else source_url}/{link.removeprefix('../')}"
+    base = source_url if "." in Path(link).name else source_url.replace("/blob/", "/tree/")
+    return f"{base}/{re.sub(r'^(?:[.][.]/)+', '', link)}"
 
 
 def linked(prose: str, find) -> str:
@@ -46,8 +48,8 @@ def linked(prose: str, find) -> str:
         lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
     text = re.sub(rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M)  # on a phone commands are wrapped, drawings are not
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
-    text = re.sub(r"(!\[[^\]]*\]\()\.\./(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
-    return re.sub(r"\]\((\.\./(?!\w+\.ipynb\))[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
+    text = re.sub(r"(!\[[^\]]*\]\()(?:\.\./)+(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
+    return re.sub(r"\]\((?!(?:\.\./)*[\w/]+\.ipynb[)#])(\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
 
 
 def imported(nb) -> dict:
@@ -58,7 +60,7 @@ def imported(nb) -> dict:
         try: tree = ast.parse(re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M))
         except SyntaxError: continue
         for n in ast.walk(tree):
-            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rtdetr_kd."): out |= {a.asname or a.name: n.module.split(".")[1] for a in n.names}
+            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rtdetr_kd."): out |= {a.asname or a.name: n.module.partition(".")[2] for a in n.names}
     return out
 
 
@@ -97,14 +99,15 @@ def staged(cell, own: str | None, find, symbols: set) -> list:
 def chapter(path: Path, modules: dict, entries: dict):
     "A notebook as a page; its title as a lead"
     nb = nbformat.read(path, 4)
-    own = next((m for m, (notebook, _, _) in modules.items() if notebook == path.stem), None)
+    name = page_of(path)
+    own = next((m for m, (notebook, _, _) in modules.items() if notebook == name), None)
     find = finder(own, imported(nb), entries)
     symbols = {e.cell for e in modules[own][2]} if own else set()
     nb.cells = [o for c in nb.cells for o in staged(c, own, find, symbols)]
     first = nb.cells[0]
     first.source = re.sub(r"^> (.+)$", r"{.lead}\n\1", first.source, count=1, flags=re.M)
-    more = [f"[API of `{own}`](api/{own}.md)"] if own else []
-    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{path.name})"])
+    more = [f"[API of `{own}`]({'../' * name.count('/')}api/{own}.md)"] if own else []
+    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{name}.ipynb)"])
     return nb
 
 
@@ -113,12 +116,12 @@ def toctree(caption: str, names: list) -> str:
 
 
 def contents(names: list) -> list:
-    "Table of contents: numbered notebooks by chapter, then the runnable ones, the guides and the API"
-    numbered, out = [n for n in names if n[0].isdigit()], []
-    starts = list(CHAPTERS.values())
-    for (caption, a), z in zip(CHAPTERS.items(), [*starts[1:], "99"]): out.append(toctree(caption, [n for n in numbered if a <= n < z]))
-    run = [n for n in names if not n[0].isdigit() and n != "index"]
-    return [toctree("Guides", [f"guides/{g}" for g in GUIDES]), *out, toctree("To run", run), toctree("API", ["api/index"])]
+    "Table of contents: the guides, the runnable notebooks, the rooms in the order of reading, the API"
+    rooms = [toctree(caption, [n for n in names if n.startswith(f"{room}/")]) for caption, room in ROOMS.items()]
+    ground = [n for n in names if "/" not in n and n in GROUND]
+    run = [n for n in names if "/" not in n and n not in (*GROUND, "index")]
+    return [toctree("Guides", [f"guides/{g}" for g in GUIDES]), toctree("To run", run), *rooms, toctree("The ground floor", ground),
+            toctree("API", ["api/index"])]
 
 
 def stage_api(modules: dict):
@@ -129,13 +132,18 @@ def stage_api(modules: dict):
     (src / "api/index.md").write_text(head + "| module | explained in | about | entries |\n|---|---|---|---|\n" + rows + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(modules) + "\n```\n")
 
 
+def page_of(path: Path) -> str: return path.relative_to(root / "nbs").with_suffix("").as_posix()  # room/00_notebook
+
+
 def stage(): # everything Sphinx reads
     shutil.rmtree(src, ignore_errors=True)
     shutil.copytree(here / "_static", src / "_static")
     shutil.copytree(root / "figures", src / "figures", ignore=shutil.ignore_patterns("*.md", "*.pdf"))
-    paths = sorted((root / "nbs").glob("*.ipynb"))
-    files = [p for p in (root / "rtdetr_kd").glob("*.py") if not p.name.startswith("_")]
-    modules = {p.stem: r for p, r in sorted(((p, api.read_module(p)) for p in files), key=lambda x: x[1][0])}
+    paths = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    files = {p: ".".join(p.relative_to(root / "rtdetr_kd").with_suffix("").parts) for p in (root / "rtdetr_kd").rglob("*.py") if "# %% " in p.read_text(encoding="utf-8")}
+    order = ["", *ROOMS.values()]
+    found = {m: api.read_module(p, m) for p, m in files.items()}
+    modules = dict(sorted(found.items(), key=lambda x: (order.index(x[0].rpartition(".")[0]), x[1][0])))
     entries = {(e.module, e.name): e for _, _, found in modules.values() for e in found}
     stage_api(modules)
     (src / "guides").mkdir()
@@ -144,8 +152,9 @@ def stage(): # everything Sphinx reads
         (src / f"guides/{g}.md").write_text(linked(page, finder(None, {}, entries)), encoding="utf-8")
     for p in paths:
         nb = chapter(p, modules, entries)
-        if p.stem == "index": nb.cells.append(new_markdown_cell("\n".join(contents([p.stem for p in paths]))))
-        nbformat.write(nb, src / p.name)
+        if p.stem == "index": nb.cells.append(new_markdown_cell("\n".join(contents([page_of(p) for p in paths]))))
+        (src / page_of(p)).parent.mkdir(exist_ok=True)
+        nbformat.write(nb, src / f"{page_of(p)}.ipynb")
 
 
 def prune():

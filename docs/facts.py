@@ -19,14 +19,14 @@ CHECKPOINTS = {"": "nothing", "backbone": "backbone", "all": "all"}
 @cache
 def study():
     "Of the study: the comparisons of study.json by (configuration, control), the README's table by method, the runs"
-    from rtdetr_kd.results import published, study_table
-    from rtdetr_kd.study import comparisons, runs_of_study, spoken
+    from rtdetr_kd.study.results import published, study_table
+    from rtdetr_kd.study.tables import comparisons, runs_of_study, spoken
     return {(r.variant, r.control): r for r in comparisons().itertuples()}, study_table().set_index("method"), runs_of_study(), published(), spoken
 
 
 @cache
 def paper_values():
-    from rtdetr_kd.paper import values
+    from rtdetr_kd.study.paper import values
     return values()
 
 
@@ -39,7 +39,7 @@ def compared(what):
 
 
 def gain(*v):
-    from rtdetr_kd.results import interval
+    from rtdetr_kd.study.results import interval
     r = compared(" ".join(v))
     return interval(r.gain, r.low, r.high)
 
@@ -54,35 +54,35 @@ def runs_of_study(): return str(len(study()[2]))
 
 
 def toy_table():
-    from rtdetr_kd.results import markdown
+    from rtdetr_kd.study.results import markdown
     return markdown(study()[1].reset_index())
 
 
 def strength_table():
-    from rtdetr_kd.results import markdown, strengths
+    from rtdetr_kd.study.results import markdown, strengths
     return markdown(strengths(study()[3]).round(3).reset_index())
 
 
 def bccd():
-    from rtdetr_kd.results import bccd_block
+    from rtdetr_kd.study.results import bccd_block
     return bccd_block(study()[3])
 
 
 def attention_table():
-    from rtdetr_kd.attention_study import agreement_table
-    from rtdetr_kd.results import markdown
+    from rtdetr_kd.study.attention_study import agreement_table
+    from rtdetr_kd.study.results import markdown
     return markdown(agreement_table(["cosine_asked"]))
 
 
 @cache
 def parameters(size):
     import torch
-    from rtdetr_kd.model import RTDETR, SIZES, Spec
+    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
     with torch.device("meta"): return f"{sum(p.numel() for p in RTDETR(Spec(['a'] * 80, **SIZES[size])).parameters()) / 1e6:.1f}"
 
 
 def sizes_table():
-    from rtdetr_kd.model import SIZES
+    from rtdetr_kd.model.detector import SIZES
     lines = ["| size | parameters, million | pixels | queries |", "|---|---|---|---|"]
     return "\n".join(lines + [f"| `{k}` | {parameters(k)} | {v.get('image_size', 640)} | {v.get('queries', 300)} |" for k, v in SIZES.items()])
 
@@ -100,9 +100,11 @@ def memory_of(pair, card, checkpoint="nothing"):
     return str(r["batch"][CARDS.index(int(card))])
 
 
-def nb(stem):
+def nb(stem):  # room/name, without its number
     "A link to a notebook, or its name where this checkout lacks it"
-    return f"[{stem}](../{stem}.ipynb)" if (root / f"nbs/{stem}.ipynb").exists() else f"`nbs/{stem}.ipynb`"
+    room, _, name = stem.rpartition("/")
+    found = next((root / "nbs" / room).glob(f"[0-9][0-9]_{name}.ipynb"), root / f"nbs/{stem}.ipynb")
+    return f"[{stem}](../{found.relative_to(root / 'nbs').as_posix()})" if found.exists() else f"`{stem}`"
 
 
 FACTS = {f.__name__: f for f in (gain, verdict, price, ap, of_run, minutes, hours_of_study, runs_of_study, toy_table, strength_table, bccd,
@@ -112,8 +114,8 @@ FACTS = {f.__name__: f for f in (gain, verdict, price, ap, of_run, minutes, hour
 def claimed(text: str, where: str) -> str:
     "The text without its claims, once they have been compared with study.json; as the paper does it"
     if "%!" not in text: return text
-    from rtdetr_kd.paper import broken_claims
-    from rtdetr_kd.study import comparisons
+    from rtdetr_kd.study.paper import broken_claims
+    from rtdetr_kd.study.tables import comparisons
     if bad := broken_claims(text, comparisons()): raise ValueError(f"{where}: {'; '.join(bad)}: read its sentences again")
     return re.sub(r"^%! .*\n", "", text, flags=re.M)
 
@@ -135,8 +137,8 @@ def unbroken(text: str) -> str: # a number and its interval stay on one line
 def memory(most=128):
     "Predict the largest batches and write them down"
     from dataclasses import replace
-    from rtdetr_kd.config import configure, write_json
-    from rtdetr_kd.memory import itemised, rehearsal
+    from rtdetr_kd.train.config import configure, write_json
+    from rtdetr_kd.train.memory import itemised, rehearsal
     rows = []
     for name, given in PAIRS.items():
         for stages, word in CHECKPOINTS.items():

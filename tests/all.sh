@@ -3,9 +3,10 @@
 set -euo pipefail
 bin=$1
 export PATH="$(cd "$bin" && pwd):$PATH" MPLBACKEND=agg OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-before=$(cat rtdetr_kd/*.py | sha256sum)
+sum() { find rtdetr_kd -name "*.py" | LC_ALL=C sort | xargs cat | sha256sum; }
+before=$(sum)
 nbdev_export
-after=$(cat rtdetr_kd/*.py | sha256sum)
+after=$(sum)
 if [ "$before" != "$after" ]; then
   echo "rtdetr_kd/ was not what the notebooks export: nbdev_export has changed it. Edit notebooks, run nbdev_export, commit both." >&2
   git --no-pager diff --stat -- rtdetr_kd >&2 || true

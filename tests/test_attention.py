@@ -16,9 +16,9 @@ def papermill(*words, **env):
 
 @pytest.mark.parametrize("ours, theirs", [("deformable", "dense"), ("dense", "deformable"), ("dense", "dense")])
 def test_any_pair_of_decoders_can_be_compared(ours, theirs, tiny):
-    from rtdetr_kd.attention_study import agreement
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.model import RTDETR, SIZES, Spec
+    from rtdetr_kd.study.attention_study import agreement
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
     val = load_data(str(tiny))["val"]
     torch.manual_seed(0)
     small = {**SIZES["toy"], "image_size": 64}
@@ -32,8 +32,8 @@ def test_any_pair_of_decoders_can_be_compared(ours, theirs, tiny):
 
 def test_the_peak_and_the_mass_follow_the_attention():
     "All weight on one point: the pointing game is decided by where the point is"
-    from rtdetr_kd.attention_maps import inside, mass, peak
-    from rtdetr_kd.kd_features import blur, splat
+    from rtdetr_kd.study.attention_maps import inside, mass, peak
+    from rtdetr_kd.distill.features import blur, splat
     box = torch.tensor([[.5, .5, .2, .2]])
     for x, there in ((.5, True), (.8, False)):
         p = torch.tensor([x, .5]).expand(1, 2, 3, 4, 2)
@@ -42,7 +42,7 @@ def test_the_peak_and_the_mass_follow_the_attention():
 
 
 def test_published_figures_are_of_the_published_runs():
-    from rtdetr_kd.attention_study import agreement_runs, measured
+    from rtdetr_kd.study.attention_study import agreement_runs, measured
     m = measured()
     for run, f in m["runs"].items():
         metrics = json.loads((ROOT / f"runs/published/{run}/metrics.json").read_text())
@@ -52,7 +52,7 @@ def test_published_figures_are_of_the_published_runs():
 
 
 def test_weights_of_another_run_are_refused(tmp_path):
-    from rtdetr_kd.attention_study import same_as_published
+    from rtdetr_kd.study.attention_study import same_as_published
     (tmp_path / "toy-none").mkdir()
     (tmp_path / "toy-none/metrics.json").write_text(json.dumps(dict(AP=.123)))
     with pytest.raises(ValueError, match="these are other weights"): same_as_published(tmp_path / "toy-none")
@@ -61,9 +61,9 @@ def test_weights_of_another_run_are_refused(tmp_path):
 @pytest.mark.slow
 def test_the_notebook_as_it_is_typed(tmp_path):
     "A dense student, untrained, beside the shipped teacher"
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.model import RTDETR, SIZES, Spec
-    from rtdetr_kd.weights import save_model
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+    from rtdetr_kd.model.weights import save_model
     torch.manual_seed(0)
     save_model(RTDETR(Spec(load_data("toy")["val"].names, **SIZES["toy"], attention="dense")), tmp_path / "dense.safetensors")
     r = papermill("nbs/attention.ipynb", tmp_path / "out.ipynb", "-p", "weights", tmp_path / "dense.safetensors", "-p", "image", ROOT / "figures/scene.jpg",

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtdetr_kd.cache import Answers
-from rtdetr_kd.data import check, load_data, summary
+from rtdetr_kd.distill.cache import Answers
+from rtdetr_kd.data.report import check
+from rtdetr_kd.data.dataset import load_data, summary
 from test_data import CATS, ann, folder_of, image, own_cache, read, write  # own_cache is a fixture
 
 

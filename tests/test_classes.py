@@ -2,10 +2,10 @@
 import pytest
 import torch
 
-from rtdetr_kd.config import configure
-from rtdetr_kd.learner import Learner
-from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.weights import save_model
+from rtdetr_kd.train.config import configure
+from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.weights import save_model
 
 
 @pytest.fixture(scope="module")

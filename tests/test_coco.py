@@ -4,8 +4,8 @@ import http.server, io, json, re, threading, zipfile
 import pytest
 from PIL import Image
 
-from rtdetr_kd.data import load_data
-from rtdetr_kd.download import coco, coco_part
+from rtdetr_kd.data.dataset import load_data
+from rtdetr_kd.data.download import coco, coco_part
 
 
 def archive(files: dict) -> bytes:
@@ -52,7 +52,7 @@ def server():
 
 
 def test_coco_comes_whole_over_a_bad_network(server, tmp_path, monkeypatch):
-    import rtdetr_kd.download as d
+    import rtdetr_kd.data.download as d
     base, seen = server
     monkeypatch.setattr(d.time, "sleep", lambda s: None)
     folder = coco(tmp_path / "coco", base)
@@ -69,7 +69,7 @@ def test_coco_comes_whole_over_a_bad_network(server, tmp_path, monkeypatch):
 
 
 def test_a_part_of_coco_is_what_a_subset_of_all_is(server, tmp_path, monkeypatch):
-    import rtdetr_kd.download as d
+    import rtdetr_kd.data.download as d
     base, seen = server
     monkeypatch.setattr(d.time, "sleep", lambda s: None)
     ids = {}
@@ -89,6 +89,6 @@ def test_no_coco_says_how_to_get_it(tmp_path, monkeypatch):
 
 def test_a_hub_name_without_a_network(monkeypatch):
     import huggingface_hub.constants
-    from rtdetr_kd.weights import read_weights
+    from rtdetr_kd.model.weights import read_weights
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="could not be fetched from the Hugging Face Hub"): read_weights("PekingU/rtdetr_r18vd")

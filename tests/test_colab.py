@@ -78,7 +78,7 @@ def killed_in_the_middle(work):
 @pytest.mark.slow
 def test_after_kill_9_in_the_middle_it_goes_on_to_the_table(tmp_path):
     "As after a disconnect: what is finished is left alone, what was cut off is finished, and the table is there"
-    from rtdetr_kd.grid import GRID
+    from rtdetr_kd.study.grid import GRID
     done, cut = killed_in_the_middle(tmp_path)
     assert done and not (cut / "metrics.json").exists()
     r = run(tmp_path / "again.ipynb", "-p", "stand_in", "True", "-p", "work", tmp_path)

@@ -8,8 +8,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-from rtdetr_kd.data import Images, augmentation, check, in_order, load_data, loader, order, pack_split, read_coco, summary
-from rtdetr_kd.evaluate import coco_ap, ground_truth
+from rtdetr_kd.data.dataset import Images, in_order, load_data, loader, order, summary
+from rtdetr_kd.data.augment import augmentation
+from rtdetr_kd.data.report import check
+from rtdetr_kd.data.split import pack_split
+from rtdetr_kd.data.coco import read_coco
+from rtdetr_kd.model.evaluate import coco_ap
+from rtdetr_kd.data.split import ground_truth
 from conftest import shared
 
 
@@ -303,10 +308,10 @@ def test_yolo_and_voc_folders(tmp_path):
 
 
 def test_the_check_is_remembered(tmp_path, monkeypatch):
-    import rtdetr_kd.audit
+    import rtdetr_kd.data.audit
     f, seen = folder_of(tmp_path), []
-    real = rtdetr_kd.audit.look
-    monkeypatch.setattr(rtdetr_kd.audit, "look", lambda p: seen.append(p) or real(p))
+    real = rtdetr_kd.data.audit.look
+    monkeypatch.setattr(rtdetr_kd.data.audit, "look", lambda p: seen.append(p) or real(p))
     load_data(str(f)); n = len(seen); load_data(str(f)); assert n == 5 and len(seen) == n
     Image.new("RGB", (100, 80), "red").save(f / "images/train/1.png")
     load_data(str(f)); assert len(seen) == n + 2  # that split is looked at again

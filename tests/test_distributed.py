@@ -7,11 +7,12 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from rtdetr_kd.config import Stop, configure
-from rtdetr_kd.data import loader
-from rtdetr_kd.learner import Learner, train
-from rtdetr_kd.model import SIZES
-from rtdetr_kd.together import gathered
+from rtdetr_kd.train.config import Stop, configure
+from rtdetr_kd.data.dataset import loader
+from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.run import train
+from rtdetr_kd.model.detector import SIZES
+from rtdetr_kd.train.parallel import gathered
 
 CASES = {  # settings of one process, of two; images whose noisy queries would differ have none
     "micro-batches": (dict(accumulate=2), dict(sync_norm=False)),

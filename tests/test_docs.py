@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
-NBS = sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb"))
+NBS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +69,11 @@ def test_every_notebook_is_a_page_with_its_outputs(site, name):
 
 
 def test_a_guide_leads_to_chapters_of_the_site(pages):
-    assert not [(p.name, l) for p, page in pages.items() if p.parent.name == "guides" for l in page.leads if re.search(r"/blob/\w+/\w+\.ipynb", l)]
+    assert not [(p.name, l) for p, page in pages.items() if p.parent.name == "guides" for l in page.leads if re.search(r"/blob/\w+/[\w/]+\.ipynb", l)]
 
 
 def test_api_entries_have_shapes_and_units(site):
-    page = re.sub(r"<[^>]+>", "", (site / "api/boxes.html").read_text(encoding="utf-8"))
+    page = re.sub(r"<[^>]+>", "", (site / "api/data.boxes.html").read_text(encoding="utf-8"))
     assert "cxcywh" in page and re.search(r"\(\.\.\.,4\)|\(n,4\)", page) and "shape, unit, meaning" in page
 
 
@@ -85,7 +85,7 @@ def test_search_knows_the_words(site):
 def test_both_colour_schemes_and_the_maths_are_there(site):
     css = "".join(p.read_text(errors="replace") for p in (site / "_static").rglob("*.css"))
     assert "prefers-color-scheme:dark" in css.replace(" ", "")
-    page = (site / "15_queries.html").read_text(encoding="utf-8")
+    page = (site / "distill/03_queries.html").read_text(encoding="utf-8")
     assert "tex-chtml.js" in page and list((site / "_static/mathjax").rglob("*.woff"))
 
 
@@ -106,7 +106,7 @@ def test_no_page_is_wider_than_its_window(site, tmp_path):
     try:
         for width in (390, 1100, 1330, 1400, 1900):
             b("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
-            for name in ("index", "guides/which_method", "guides/troubleshooting", "15_queries", "25_latency", "api/learner", "search"):
+            for name in ("index", "guides/which_method", "guides/troubleshooting", "distill/03_queries", "deploy/08_latency", "api/train.run", "search"):
                 b("Page.navigate", url=f"file://{site}/{name}.html"); b.until(f"document.readyState == 'complete' && location.href.includes('{name}.html')")
                 assert b.js("document.documentElement.scrollWidth") <= width, (name, width)
     finally: b.close()
@@ -144,7 +144,7 @@ def test_a_guide_that_claims_more_than_the_study_is_refused():
 def test_index_shows_the_study_as_it_is():
     "Its committed outputs are the table that study.json has and the figure that is committed"
     import base64
-    from rtdetr_kd.results import markdown, study_table
+    from rtdetr_kd.study.results import markdown, study_table
     shown = [o.get("data", {}) for c in json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
     assert markdown(study_table()) in ["".join(d.get("text/markdown", [])) for d in shown], "nbs/index.ipynb shows another table: run it again"
     pictures = [base64.b64decode("".join(d["image/png"])) for d in shown if "image/png" in d]
@@ -161,7 +161,7 @@ def test_batches_by_card_follow_from_the_predicted_need():
     assert facts.largest({1: 100, 2: 200, 4: 400}, 320, 4) == 3 and facts.largest({1: 100}, 50, 4) == 0
 
 
-NUMBERED = [n for n in NBS if n[0].isdigit()]
+NUMBERED = [n for n in NBS if "/" in n]
 
 @pytest.mark.parametrize("name", NUMBERED)
 def test_a_chapter_has_its_parts(name):

@@ -4,11 +4,11 @@ from copy import deepcopy
 import pytest
 import torch
 
-from rtdetr_kd.decoder import anchors, logit
-from rtdetr_kd.losses import detection_losses, layer_losses
-from rtdetr_kd.matching import costs, match
-from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.weights import load_model, save_model
+from rtdetr_kd.model.decoder import anchors, logit
+from rtdetr_kd.model.losses import detection_losses, layer_losses
+from rtdetr_kd.model.losses import costs, match
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.weights import load_model, save_model
 
 EMPTY = dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))
 ONE = dict(labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .3, .2]]))

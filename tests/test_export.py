@@ -12,8 +12,8 @@ STUDENT = ROOT / "weights/toy_student.safetensors"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    from rtdetr_kd.export import write_onnx, write_openvino
-    from rtdetr_kd.weights import load_model
+    from rtdetr_kd.deploy.export import write_onnx, write_openvino
+    from rtdetr_kd.model.weights import load_model
     to = tmp_path_factory.mktemp("export")
     onnx = write_onnx(load_model(STUDENT), to / "toy.onnx")
     return dict(onnx=onnx, xml=write_openvino(onnx, to / "toy.xml"), folder=to)
@@ -21,22 +21,22 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(files):
-    from rtdetr_kd.annotations import part
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.calibrate import calibrate
+    from rtdetr_kd.data.split import part
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.deploy.calibrate import calibrate
     return calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12)
 
 
 def pictures(n, side=128):
-    from rtdetr_kd.toy import scene
+    from rtdetr_kd.data.toy import scene
     return np.stack([scene("val", k, side)[0] for k in range(n)])
 
 
 def test_ten_lines_of_onnxruntime(files):
     "The docs' ten lines, run in a process that cannot import this project, find what `detect` finds"
     import nbformat
-    from rtdetr_kd.weights import load_model
-    cell = next(c.source for c in nbformat.read(ROOT / "nbs/22_export.ipynb", 4).cells if c.cell_type == "code" and "onnxruntime.InferenceSession(folder" in c.source)
+    from rtdetr_kd.model.weights import load_model
+    cell = next(c.source for c in nbformat.read(ROOT / "nbs/deploy/01_export.ipynb", 4).cells if c.cell_type == "code" and "onnxruntime.InferenceSession(folder" in c.source)
     assert len(cell.strip().splitlines()) <= 15
     code = f"from pathlib import Path\nfolder = Path({str(files['folder'])!r})\nroot = lambda: Path({str(ROOT)!r})\n{cell}"
     r = subprocess.run([sys.executable, "-I", "-c", code + "\nimport sys; assert 'torch' not in sys.modules and 'rtdetr_kd' not in sys.modules"], text=True, capture_output=True)
@@ -50,8 +50,8 @@ def test_ten_lines_of_onnxruntime(files):
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_any_batch_in_every_runtime(files, n):
-    from rtdetr_kd.export import open_model
-    from rtdetr_kd.verify import compare
+    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.verify import compare
     want = [v[:n] for v in open_model(STUDENT, threads=1)(pictures(5))]
     for f in (files["onnx"], files["xml"]):
         r = compare(tuple(want), open_model(f)(pictures(n)))
@@ -59,8 +59,8 @@ def test_any_batch_in_every_runtime(files, n):
 
 
 def test_what_the_file_says(files):
-    from rtdetr_kd.export import open_model
-    from rtdetr_kd.weights import load_model, weights_mark
+    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.model.weights import load_model, weights_mark
     m = load_model(STUDENT)
     for f in (files["onnx"], files["xml"]):
         r = open_model(f)
@@ -70,7 +70,7 @@ def test_what_the_file_says(files):
 
 def test_damaged_and_foreign_files(files, tmp_path):
     import onnx
-    from rtdetr_kd.export import open_model, write_openvino
+    from rtdetr_kd.deploy.export import open_model, write_openvino
     whole = files["onnx"].read_bytes()
     m = onnx.load(files["onnx"]); del m.metadata_props[:]; onnx.save(m, tmp_path / "foreign.onnx")
     (tmp_path / "cut.onnx").write_bytes(whole[:len(whole) // 2]); (tmp_path / "empty.onnx").write_bytes(b"")
@@ -83,21 +83,23 @@ def test_damaged_and_foreign_files(files, tmp_path):
 
 @pytest.mark.parametrize("wrong", [(1, 3, 128, 128), (1, 64, 64, 3), (0, 128, 128, 3), (128, 128, 3)])
 def test_a_wrong_input_size(files, wrong):
-    from rtdetr_kd.export import open_model
+    from rtdetr_kd.deploy.export import open_model
     for f in (files["onnx"], files["xml"]):
         with pytest.raises(ValueError, match=r"\(b,128,128,3\)"): open_model(f)(np.zeros(wrong, np.uint8))
 
 
 def test_calibration_sees_what_inference_sees(files):
     "E10: the arrays of the calibration are those of the evaluation"
-    from rtdetr_kd import calibrate, data, evaluate, verify
+    from rtdetr_kd.data import dataset as data
+    from rtdetr_kd.deploy import calibrate, verify
+    from rtdetr_kd.model import evaluate
     assert calibrate.Images is verify.Images is evaluate.Images is data.Images
 
 
 def test_entropy_is_not_minmax(files, recipe):
-    from rtdetr_kd.annotations import part
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.calibrate import calibrate
+    from rtdetr_kd.data.split import part
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.deploy.calibrate import calibrate
     plain = calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12, "minmax")
     width = lambda r: np.array([hi - lo for lo, hi in r["ranges"].values()])
     assert (width(recipe) < .99 * width(plain)).mean() > .2  # with the defaults of ONNX Runtime: 0
@@ -105,9 +107,9 @@ def test_entropy_is_not_minmax(files, recipe):
 
 @pytest.mark.parametrize("target, name", [("onnxruntime", "a.onnx"), ("openvino", "b.xml"), ("tensorrt", "c.onnx")])
 def test_int8_finds_the_same_objects(files, recipe, target, name):
-    from rtdetr_kd.export import open_model
-    from rtdetr_kd.verify import compare
-    from rtdetr_kd.quantize import tensorrt_takes, write_int8
+    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.verify import compare
+    from rtdetr_kd.deploy.quantize import tensorrt_takes, write_int8
     f = write_int8(files["onnx"], files["folder"] / name, recipe, target)
     r = compare(open_model(files["onnx"])(pictures(8)), open_model(f)(pictures(8)), .5)
     assert r["lost"] <= 1 and r["matched"] > 10
@@ -117,8 +119,8 @@ def test_int8_finds_the_same_objects(files, recipe, target, name):
 def test_what_stays_in_float(files, recipe):
     "Only convolutions of backbone and fusion read integers, unless asked"
     import onnx
-    from rtdetr_kd.calibrate import DEFAULT, PARTS
-    from rtdetr_kd.quantize import write_int8
+    from rtdetr_kd.deploy.calibrate import DEFAULT, PARTS
+    from rtdetr_kd.deploy.quantize import write_int8
     m = onnx.load(write_int8(files["onnx"], files["folder"] / "d.onnx", recipe, "tensorrt"))
     made = {o: n for n in m.graph.node for o in n.output}
     integer = [n for n in m.graph.node if n.op_type in ("Conv", "MatMul") and len(n.input) > 1 and made.get(n.input[1]) is not None and made[n.input[1]].op_type == "DequantizeLinear"]
@@ -133,7 +135,7 @@ def test_tensorrt_calls_exist_in_nvidias_interface():
     pytest.importorskip("mypy")
     import importlib.util
     if importlib.util.find_spec("tensorrt") is None: pytest.skip("tensorrt-stubs are not installed")
-    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/tensorrt.py"), str(ROOT / "rtdetr_kd/engine.py")],
+    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/deploy/tensorrt.py"), str(ROOT / "rtdetr_kd/engine.py")],
                        text=True, capture_output=True, cwd=ROOT)
     wrong = [l for l in r.stdout.splitlines() if "attr-defined" in l or "call-arg" in l or "arg-type" in l]
     assert not wrong, "\n".join(wrong)
@@ -155,7 +157,7 @@ def test_faults_stop_with_one_sentence(tmp_path, words, says):
 
 def test_the_command(tmp_path, tiny):
     "INT8 for OpenVINO from the command line, checked and evaluated"
-    from rtdetr_kd.export import open_model
+    from rtdetr_kd.deploy.export import open_model
     r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", "-p", "data", tiny, "-p", "target", "openvino", "-p", "precision", "int8", "-p", "max_loss", .2, "-p", "evaluate", "true", "-p", "out", tmp_path / "x.xml")
     assert r.returncode == 0, r.stderr[-2000:]
     assert open_model(tmp_path / "x.xml").precision.startswith("int8")

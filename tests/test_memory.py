@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtdetr_kd.config import FREE, configure
-from rtdetr_kd.distill import Teacher
-from rtdetr_kd.losses import detection_losses
-from rtdetr_kd.memory import ALLOWANCE, itemised, predict, rehearsal, which_batch
-from rtdetr_kd.model import RTDETR, SIZES, STAGES, Spec
+from rtdetr_kd.train.config import FREE, configure
+from rtdetr_kd.distill.teacher import Teacher
+from rtdetr_kd.model.losses import detection_losses
+from rtdetr_kd.train.memory import ALLOWANCE, itemised, predict, rehearsal, which_batch
+from rtdetr_kd.model.detector import RTDETR, SIZES, STAGES, Spec
 
 NAMES = "zero one two".split()
 SMALL = configure(data="coco", size="toy", teacher="random:toy", method="query", image_size=64, batch=2, precision="float16", kd_points=30)
@@ -88,14 +88,14 @@ def test_batches():
 
 def test_the_shipped_teacher_and_a_file_of_ones_own(tmp_path):
     "What a teacher needs follows from its file, which is read before tensors are fake"
-    from rtdetr_kd.build import shipped_teacher
+    from rtdetr_kd.train.recipe import shipped_teacher
     c = configure(data="toy", method="query", precision="float16", cache="none")
     need = predict(c, 10, 3)
     own = replace(c, teacher=str(shutil.copy(shipped_teacher(), tmp_path / "mine.safetensors")))
     assert predict(own, 10, 3) == need and need["teacher"] > 5
 
 
-@pytest.mark.skipif("not __import__('os').environ.get('RTDETR_KD_SLOW')", reason="half a minute: set RTDETR_KD_SLOW=1; nbs/18_memory shows the result")
+@pytest.mark.skipif("not __import__('os').environ.get('RTDETR_KD_SLOW')", reason="half a minute: set RTDETR_KD_SLOW=1; nbs/train/07_memory shows the result")
 @pytest.mark.parametrize("batch, stages", [(4, ""), (8, "all"), (8, "backbone")])
 def test_four_gigabytes(batch, stages):
     c = configure(data="coco", size="r18", teacher="official:r50", method="query", precision="float16", batch=batch, checkpoint=stages)

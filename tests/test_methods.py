@@ -4,11 +4,12 @@ import json
 import pytest
 import torch
 
-from rtdetr_kd.config import configure
-from rtdetr_kd.kd_schedules import METHODS
-from rtdetr_kd.learner import Learner, train
-from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.weights import read_file, save_model, weights_mark
+from rtdetr_kd.train.config import configure
+from rtdetr_kd.distill.mixtures import METHODS
+from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.run import train
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.weights import read_file, save_model, weights_mark
 
 NAMES = "zero one two three four five six seven eight nine".split()
 TEACHERS = dict(toy=SIZES["toy"], wider=SIZES["toy_teacher"] | dict(queries=60, layers=4, width=16), r50=SIZES["r50"], three=SIZES["toy"] | dict(queries=300),

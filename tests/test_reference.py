@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from rtdetr_kd.losses import detection_losses
-from rtdetr_kd.matching import match
-from rtdetr_kd.weights import load_model
+from rtdetr_kd.model.losses import detection_losses
+from rtdetr_kd.model.losses import match
+from rtdetr_kd.model.weights import load_model
 from conftest import shared
 
 FILES = dict(r18="rtdetr_r18vd_6x_coco", r34="rtdetr_r34vd_6x_coco", r50="rtdetr_r50vd_6x_coco", v2_r18="rtdetrv2_r18vd_120e_coco")

@@ -12,7 +12,7 @@ def test_readme_equals_the_result_files():
 
 def test_the_shipped_weights_are_what_the_results_say():
     import json
-    from rtdetr_kd.weights import read_file
+    from rtdetr_kd.model.weights import read_file
     for run, weights in [("toy_teacher", "toy_teacher"), ("toy-query+cwd", "toy_student")]:
         about = read_file(ROOT / f"weights/{weights}.safetensors")[2]
         metrics = json.loads((ROOT / f"runs/published/{run}/metrics.json").read_text())
@@ -21,15 +21,15 @@ def test_the_shipped_weights_are_what_the_results_say():
 
 def test_the_shipped_teacher_is_a_teacher():
     "AP of the file in the repository, in half precision, measured here: at least 0.60 on toy val"
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.evaluate import evaluate
-    from rtdetr_kd.weights import load_model, read_file
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.model.evaluate import evaluate
+    from rtdetr_kd.model.weights import load_model, read_file
     path = ROOT / "weights/toy_teacher.safetensors"
     ap = evaluate(load_model(path), load_data("toy")["val"])[0]["AP"]
     assert ap >= .60 and abs(ap - read_file(path)[2]["val_AP"]) < .005
 
 
 def test_three_lines():
-    from rtdetr_kd.weights import load_model
+    from rtdetr_kd.model.weights import load_model
     found = load_model(ROOT / "weights/toy_student.safetensors").detect(ROOT / "figures/scene.jpg")
     assert len(found) and max(found.scores) > .5 and "detections" in repr(found)

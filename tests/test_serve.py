@@ -88,7 +88,7 @@ def kinds():
 @pytest.mark.parametrize("name, data", list(kinds()), ids=[k for k, _ in kinds()])
 def test_the_same_as_detect(server, tmp_path, name, data):
     "Every kind of file gives over HTTP what `RTDETR.detect` gives for the file, in pixels of the picture as a person sees it"
-    from rtdetr_kd.weights import load_model
+    from rtdetr_kd.model.weights import load_model
     (tmp_path / name).write_bytes(data)
     want = load_model(TOY).detect(tmp_path / name, threshold=.4)
     r = post(server, data, name, params=dict(threshold=.4))
@@ -104,7 +104,7 @@ def test_the_same_as_detect(server, tmp_path, name, data):
 
 def test_the_embedded_student():
     "What is served without --weights is the shipped student"
-    from rtdetr_kd.export import open_model
+    from rtdetr_kd.deploy.export import open_model
     assert open_model(ONNX, threads=1).about["weights"] == open_model(TOY, threads=1).about["weights"], \
         "weights/toy_student.onnx is not the export of weights/toy_student.safetensors: write_onnx(load_model(...), ...), as in the Makefile's results"
 
@@ -335,8 +335,9 @@ MOODY = '''
 "A server of a model with moods: the first pixel's red says which"
 import sys, time
 import numpy as np, uvicorn
-from rtdetr_kd.export import Runner
-from rtdetr_kd.serve import Limits, create_app
+from rtdetr_kd.deploy.export import Runner
+from rtdetr_kd.serve.batching import Limits
+from rtdetr_kd.serve.app import create_app
 def call(f):
     mood = int(f["images"][:, 0, 0, 0].max())
     if mood == 200: time.sleep(3)
@@ -396,8 +397,9 @@ def test_busy(moody):
 def test_alive_before_it_is_ready():
     "While the model warms up, the process answers, and says that it is not ready; a time limit is kept; then SIGTERM's way out"
     from fastapi.testclient import TestClient
-    from rtdetr_kd.export import Runner
-    from rtdetr_kd.serve import Limits, create_app
+    from rtdetr_kd.deploy.export import Runner
+    from rtdetr_kd.serve.batching import Limits
+    from rtdetr_kd.serve.app import create_app
     go, about = threading.Event(), dict(names=["a", "b"], category_ids=[1, 2], size=16, weights="w", precision="fp32", post="fractions")
     def call(f):
         go.wait(); n = len(f["images"])
@@ -421,7 +423,7 @@ class Payload:
 @pytest.mark.parametrize("words, says", [("nope.onnx", "no such model file"), ("a.txt", "a model file ends in"), ("{dir}/bad.onnx", "is no"), ("{dir}/evil.pth", "a model file ends in"),
                                          ("{dir}/evil.safetensors", "."), ("{dir}/a.engine", "TensorRT is not installed|GPU|build it again")])
 def test_what_cannot_be_served(tmp_path, words, says):
-    from rtdetr_kd.serve import main
+    from rtdetr_kd.serve.app import main
     (tmp_path / "bad.onnx").write_bytes(b"bad"); (tmp_path / "a.engine").write_bytes(b"bad")
     for name in ("evil.pth", "evil.safetensors"): (tmp_path / name).write_bytes(pickle.dumps(Payload()))
     with pytest.raises(SystemExit, match=says) as e: main(["--port", "0", "--threads", "1", "--weights", words.format(dir=tmp_path)])
@@ -429,7 +431,7 @@ def test_what_cannot_be_served(tmp_path, words, says):
 
 
 def test_a_port_that_is_taken(capsys):
-    from rtdetr_kd.serve import main
+    from rtdetr_kd.serve.app import main
     with socket.create_server(("127.0.0.1", 0)) as s:
         with pytest.raises(SystemExit, match="Stopped: .* another --port"): main(["--port", str(s.getsockname()[1])])
 
@@ -439,14 +441,15 @@ def test_other_runtimes(tmp_path, kind):
     "OpenVINO and eight bits behind the same server find what the embedded student finds"
     pytest.importorskip("openvino"); pytest.importorskip("onnx")
     from fastapi.testclient import TestClient
-    from rtdetr_kd.apart import open_served
-    from rtdetr_kd.export import write_openvino
-    from rtdetr_kd.verify import overlaps
-    from rtdetr_kd.serve import create_app
+    from rtdetr_kd.serve.apart import open_served
+    from rtdetr_kd.deploy.export import write_openvino
+    from rtdetr_kd.deploy.verify import overlaps
+    from rtdetr_kd.serve.app import create_app
     if kind == "xml": path = write_openvino(ONNX, tmp_path / "m.xml")
     else:
-        from rtdetr_kd.data import load_data
-        from rtdetr_kd.quantize import calibrate, write_int8
+        from rtdetr_kd.data.dataset import load_data
+        from rtdetr_kd.deploy.calibrate import calibrate
+        from rtdetr_kd.deploy.quantize import write_int8
         path = write_int8(ONNX, tmp_path / f"m.{kind[5:]}", calibrate(ONNX, load_data("toy")["select"], 32), "openvino" if kind == "int8.xml" else "onnxruntime")
     def found(path):
         with TestClient(create_app(open_served(path, copies=2, threads=1))) as c:
@@ -462,7 +465,7 @@ def test_other_runtimes(tmp_path, kind):
 def test_container():
     "What the Dockerfile copies is there, and the command it gives is one; compose is YAML that says the same"
     import shlex, yaml
-    from rtdetr_kd.serve import EMBEDDED, arguments
+    from rtdetr_kd.serve.app import EMBEDDED, arguments
     lines = [l.split(maxsplit=1) for l in (ROOT / "Dockerfile").read_text().splitlines() if l and l[0] != "#"]
     copied = [f for k, v in lines if k == "COPY" for f in shlex.split(v)[:-1]]
     assert all((ROOT / f).exists() for f in copied) and str(EMBEDDED.relative_to(ROOT)) in copied

@@ -13,7 +13,7 @@ from test_serve import ROOT, SCENE, check_error, post
 def test_two_copies(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "90", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "90"}  # a busy machine
     log = open(tmp_path / "log", "w+")
-    p = subprocess.Popen([Path(sys.executable).with_name("serve"), "run", "rtdetr_kd.serve_ray:build", "copies=2", "cores=1"], cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT)
+    p = subprocess.Popen([Path(sys.executable).with_name("serve"), "run", "rtdetr_kd.serve.ray:build", "copies=2", "cores=1"], cwd=tmp_path, env=env, stdout=log, stderr=subprocess.STDOUT)
     p.at = "http://127.0.0.1:8000"
     try:
         for _ in range(600):

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rtdetr_kd import grid, runner
-from rtdetr_kd.config import configure
-from rtdetr_kd.evaluate import coco_ap
-from rtdetr_kd.matches import FILE, NAMES, draws, figures, load, matches_of, resampled, save
+from rtdetr_kd.study import grid, runner
+from rtdetr_kd.train.config import configure
+from rtdetr_kd.model.evaluate import coco_ap
+from rtdetr_kd.study.matches import FILE, NAMES, draws, figures, load, matches_of, resampled, save
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "runs" / "published"
@@ -61,7 +61,7 @@ def test_published_matches_give_the_published_ap(run):
 
 @pytest.mark.parametrize("seeds, sd", [(6, (1, .3, .3)), (6, (1, 1, 1)), (3, (1, .3, .3))])
 def test_coverage_of_the_interval(seeds, sd):
-    from rtdetr_kd.statistics import coverage
+    from rtdetr_kd.study.statistics import coverage
     assert .93 <= coverage(np.random.default_rng(1), seeds, sd, 1200) <= .97
 
 
@@ -76,14 +76,14 @@ def test_the_percentiles_would_not_have_done():
 
 def test_one_seed_is_not_ranked_and_no_seed_in_common_is_refused():
     import pandas as pd
-    from rtdetr_kd.statistics import compare
+    from rtdetr_kd.study.statistics import compare
     runs = pd.DataFrame([dict(variant=v, seed=s, AP=.5 + s + (v == "a"), draws=np.full((9, 1), .5)) for v, s in (("a", 0), ("b", 0), ("c", 1))])
     assert compare(runs, [("a", "b")]).verdict.tolist() == ["one seed: not ranked"]
     with pytest.raises(ValueError, match="no seed in common"): compare(runs, [("a", "c")])
 
 
 def test_the_study_asks_what_the_published_runs_can_answer():
-    from rtdetr_kd.study import comparisons, questions, runs_of_study
+    from rtdetr_kd.study.tables import comparisons, questions, runs_of_study
     c, runs = comparisons(), runs_of_study()
     assert sorted(zip(c.variant, c.control)) == sorted(questions(runs)), "runs were published since: python -m rtdetr_kd.study"
     seeds = {v: {*r.seed} for v, r in runs.groupby("variant")}
@@ -91,8 +91,8 @@ def test_the_study_asks_what_the_published_runs_can_answer():
 
 
 def test_a_kept_comparison_is_computed_again():
-    from rtdetr_kd.statistics import compare, with_draws
-    from rtdetr_kd.study import comparisons, runs_of_study
+    from rtdetr_kd.study.statistics import compare, with_draws
+    from rtdetr_kd.study.tables import comparisons, runs_of_study
     runs = runs_of_study()
     now = compare(with_draws(runs[runs.variant.isin(["cwd", "none"])], 1000), [("cwd", "none")]).iloc[0]
     kept = comparisons().query("variant == 'cwd' and control == 'none'").iloc[0]
@@ -182,7 +182,7 @@ def test_ray_goes_on_when_a_worker_is_killed(stub, tmp_path, monkeypatch):
 
 def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
     import torch
-    from rtdetr_kd.learner import Learner
+    from rtdetr_kd.train.epoch import Learner
     kw = dict(data=str(tiny), size="toy", image_size=64, batch=4, teacher=str(ROOT / "weights/toy_teacher.safetensors"), kd_points=10, workers=0, runs=str(tmp_path), method="query", lam="1")
     plain, shuffled = Learner(configure(**kw)), Learner(configure(**kw, shuffle_teacher=True))
     images, targets = plain.moved(*plain.fixed_batches(1)[0])
@@ -192,8 +192,8 @@ def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
 
 
 def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
-    from rtdetr_kd.learner import train
-    from rtdetr_kd.results import reproduce
+    from rtdetr_kd.train.run import train
+    from rtdetr_kd.study.results import reproduce
     kw = dict(data=str(tiny), method="none", size="toy", image_size=64, batch=8, epochs=1, queries=20, workers=0, seed=3)
     was = train(configure(**kw, runs=str(tmp_path / "published"), name="r"))
     again = reproduce("r", tmp_path / "again", tmp_path / "published")
@@ -205,7 +205,7 @@ def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_the_study_comes_out_the_same_to_the_last_digit(tmp_path):
-    from rtdetr_kd.results import reproduce
+    from rtdetr_kd.study.results import reproduce
     if json.loads((PUBLISHED / "toy-none/metrics.json").read_text())["machine"]["torch"] != __import__("torch").__version__: pytest.skip("another torch than the published run's")
     reproduce("toy-none", tmp_path)
 
@@ -213,12 +213,12 @@ def test_a_run_of_the_study_comes_out_the_same_to_the_last_digit(tmp_path):
 # The paper
 
 def test_the_paper_agrees_with_the_results():
-    from rtdetr_kd.paper import check
+    from rtdetr_kd.study.paper import check
     check()
 
 
 def test_a_paper_that_disagrees_is_refused(tmp_path):
-    from rtdetr_kd.paper import check
+    from rtdetr_kd.study.paper import check
     shutil.copytree(ROOT / "paper", tmp_path / "paper")
     tex, values, table = (tmp_path / "paper" / f for f in ("paper.tex", "generated/values.tex", "generated/methods.csv"))
     def refused(path, old, new, says):
@@ -234,7 +234,7 @@ def test_a_paper_that_disagrees_is_refused(tmp_path):
 
 
 def test_without_latex_the_message_says_what_to_install(monkeypatch, tmp_path):
-    from rtdetr_kd.paper import build
+    from rtdetr_kd.study.paper import build
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="apt-get install latexmk"): build(tmp_path)
 

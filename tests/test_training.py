@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtdetr_kd.config import configure
-from rtdetr_kd.learner import Learner, train
-from rtdetr_kd.model import RTDETR, SIZES, Spec, top_detections
+from rtdetr_kd.train.config import configure
+from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.run import train
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec, top_detections
 
 
 def config(tiny, tmp_path, **kw):
@@ -113,7 +114,7 @@ def test_explicit_wins_over_size_over_preset():
 ])
 def test_annotations_of_another_shape(tiny, tmp_path, spoil, says):
     import shutil
-    from rtdetr_kd.data import load_data
+    from rtdetr_kd.data.dataset import load_data
     shutil.copytree(tiny, tmp_path / "d")
     path = tmp_path / "d/annotations/instances_train.json"
     d = json.loads(path.read_text()); spoil(d); path.write_text(json.dumps(d))
@@ -126,7 +127,7 @@ def test_annotations_of_another_shape(tiny, tmp_path, spoil, says):
 ])
 def test_what_is_harmless_is_counted_and_stops_a_strict_run(tiny, tmp_path, spoil, says):
     import shutil
-    from rtdetr_kd.data import load_data
+    from rtdetr_kd.data.dataset import load_data
     shutil.copytree(tiny, tmp_path / "d")
     path = tmp_path / "d/annotations/instances_train.json"
     d = json.loads(path.read_text()); spoil(d); path.write_text(json.dumps(d))
@@ -136,8 +137,8 @@ def test_what_is_harmless_is_counted_and_stops_a_strict_run(tiny, tmp_path, spoi
 
 def test_numbers_as_texts_and_huge_ids_are_read(tiny, tmp_path):
     import shutil
-    from rtdetr_kd.data import load_data
-    from rtdetr_kd.evaluate import ground_truth
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.data.split import ground_truth
     shutil.copytree(tiny, tmp_path / "d")
     path = tmp_path / "d/annotations/instances_train.json"
     d = json.loads(path.read_text())
@@ -274,7 +275,7 @@ def test_low_scores_are_pointed_out(tiny, tmp_path, capsys):
 
 
 def test_a_full_disk_while_the_best_weights_are_written(tiny, tmp_path, monkeypatch):
-    import rtdetr_kd.learner as L
+    import rtdetr_kd.train.run as L
     from safetensors import SafetensorError
     def full(*a, **kw): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
     monkeypatch.setattr(L, "save_model", full)
@@ -300,7 +301,7 @@ def test_best_stays_best_after_a_resume(tiny, tmp_path, monkeypatch):
 
 
 def test_a_resume_with_another_setting_is_one_sentence(tiny, tmp_path):
-    from rtdetr_kd.train_cli import main
+    from rtdetr_kd.train.command import main
     words = [f"--{k}={v}" for k, v in dict(data=tiny, size="toy", image_size=64, batch=8, max_steps=1, workers=0, tracker="none", runs=tmp_path, name="run").items()]
     main(words)
     with pytest.raises(SystemExit, match=r"Stopped: .* holds a run with lr=0.001 \(now 0.002\)"): main([*words, "--lr=2e-3"])
@@ -310,7 +311,7 @@ def test_a_script_without_a_main_guard(tiny, tmp_path):
     "Where processes start anew, as on Windows, each loader process would run the script again"
     import os, subprocess, sys
     script = tmp_path / "go.py"
-    script.write_text("import multiprocessing\nmultiprocessing.set_start_method('spawn')\nfrom rtdetr_kd.config import configure\nfrom rtdetr_kd.learner import train\n"
+    script.write_text("import multiprocessing\nmultiprocessing.set_start_method('spawn')\nfrom rtdetr_kd.train.config import configure\nfrom rtdetr_kd.train.run import train\n"
                       f"train(configure(data={str(tiny)!r}, size='toy', image_size=64, batch=8, max_steps=2, workers=2, tracker='none', runs={str(tmp_path)!r}, name='run'))\n")
     p = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert p.returncode == 0, p.stderr[-2000:]
@@ -318,7 +319,7 @@ def test_a_script_without_a_main_guard(tiny, tmp_path):
 
 
 def test_predictions_that_are_not_finite_are_not_matched():
-    from rtdetr_kd.matching import match
+    from rtdetr_kd.model.losses import match
     logits, boxes = torch.zeros(1, 1, 4, 2), torch.full((1, 1, 4, 4), .5)
     target = [dict(labels=torch.tensor([1]), boxes=torch.full((1, 4), .5))]
     assert len(match(logits, boxes, target)[0]) == 1
@@ -351,7 +352,7 @@ def test_one_model_any_size():
 
 def test_a_line_from_time_to_time(tiny, tmp_path, capsys):
     "G06: where no terminal is, too, and also while it evaluates"
-    from rtdetr_kd.evaluate import predict
+    from rtdetr_kd.model.evaluate import predict
     learner = Learner(config(tiny, tmp_path))
     capsys.readouterr()
     learner.one_epoch(every=-1)

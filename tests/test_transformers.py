@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtdetr_kd.losses import detection_losses
-from rtdetr_kd.model import RTDETR
-from rtdetr_kd.weights import from_hf, infer_spec, load_state, read_weights, save_huggingface
+from rtdetr_kd.model.losses import detection_losses
+from rtdetr_kd.model.detector import RTDETR
+from rtdetr_kd.model.weights import from_hf, infer_spec, load_state, read_weights, save_huggingface
 
 transformers = pytest.importorskip("transformers", reason="transformers is a test extra: pip install -e '.[dev]'")
 SIZE = (128, 160)
