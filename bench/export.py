@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rtdetr_kd.train.config import root, write_json
+from rtdetr_kd.files import root, write_json
 from rtdetr_kd.data.split import part
 from rtdetr_kd.data.dataset import load_data
 from rtdetr_kd.deploy.export import write_onnx, write_openvino

@@ -137,7 +137,8 @@ def unbroken(text: str) -> str: # a number and its interval stay on one line
 def memory(most=128):
     "Predict the largest batches and write them down"
     from dataclasses import replace
-    from rtdetr_kd.train.config import configure, write_json
+    from rtdetr_kd.files import write_json
+    from rtdetr_kd.train.config import configure
     from rtdetr_kd.train.memory import itemised, rehearsal
     rows = []
     for name, given in PAIRS.items():

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from rtdetr_kd.train.config import Stop, configure
+from rtdetr_kd.files import Stop
+from rtdetr_kd.train.config import configure
 from rtdetr_kd.data.dataset import loader
 from rtdetr_kd.train.epoch import Learner
 from rtdetr_kd.train.run import train

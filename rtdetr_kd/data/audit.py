@@ -20,7 +20,7 @@ from .split import Split, part
 from .images import look
 from .formats import PICTURES
 from .split import note
-from .toy import cache_dir
+from ..files import cache_dir
 
 # %% ../../nbs/data/06_audit.ipynb #48ee54ad
 def disk(

@@ -15,7 +15,7 @@ from pathlib import Path
 from .report import write_copy
 from .dataset import carve, draw_subset
 from .formats import read_split
-from .toy import cache_dir
+from ..files import cache_dir
 
 # %% ../../nbs/data/10_download.ipynb #15989663
 def request(

@@ -20,7 +20,8 @@ from .boxes import draw
 from .images import open_image
 from .formats import LAYOUT, read_split
 from .split import note, refuse
-from .toy import cache_dir, toy_folder
+from ..files import cache_dir
+from .toy import toy_folder
 
 # %% ../../nbs/data/07_report.ipynb #836dcb39
 def count(

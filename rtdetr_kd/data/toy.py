@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'CATEGORIES', 'SIZES', 'RECIPE', 'glyphs', 'photos', 'tight', 'stamp', 'ink_colour', 'background', 'overlap',
-           'place', 'scene', 'write_split', 'cache_dir', 'toy_folder']
+           'place', 'scene', 'write_split', 'toy_folder']
 
 # %% ../../nbs/data/02_toy.ipynb #fdabf929
 import colorsys, hashlib, json, os, shutil, tempfile, time
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+
+from ..files import cache_dir
 
 # %% ../../nbs/data/02_toy.ipynb #a07bc2cd
 SHARES = dict(train=.6, select=.15, val=.25)  # of the glyphs of each class
@@ -166,10 +168,6 @@ def write_split(
 # %% ../../nbs/data/02_toy.ipynb #74c7a659
 SIZES = dict(train=4000, select=400, val=800)  # scenes
 RECIPE = 2  # raise it when `scene` changes what it draws
-
-def cache_dir() -> Path:
-    "Where rendered and downloaded things go: `$RTDETR_KD_CACHE`, or the user's cache folder"
-    return Path(os.environ.get("RTDETR_KD_CACHE") or Path.home() / ".cache" / "rtdetr_kd")
 
 # %% ../../nbs/data/02_toy.ipynb #68e90481
 def toy_folder(

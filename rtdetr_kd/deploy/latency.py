@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..train.config import root, write_json
+from ..files import root, write_json
 from ..data.split import Split
 from ..data.dataset import Images, load_data
 from .export import Runner, open_model

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data.dataset import Images, loader
 from .teacher import PER_LAYER, Method
 from ..model.detector import Output, Signals
-from ..data.toy import cache_dir
+from ..files import cache_dir
 
 # %% ../../nbs/distill/06_cache.ipynb #4554c971
 def arrays(

@@ -19,7 +19,7 @@ from ..data.split import part as part_of
 from ..model.decoder import pick
 from ..model.evaluate import evaluate
 from ..model.detector import RTDETR, Output, Signals
-from ..data.toy import cache_dir
+from ..files import cache_dir
 from ..model.weights import weights_mark
 
 # %% ../../nbs/distill/00_teacher.ipynb #aed2db2d

@@ -23,7 +23,7 @@ from torch import Tensor
 from .backbone import DEPTHS, Basic, Bottleneck
 from ..data.download import fetch
 from .detector import RTDETR, Spec
-from ..data.toy import cache_dir
+from ..files import cache_dir
 
 # %% ../../nbs/model/05_weights.ipynb #36b3f43a
 def halved(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .attention_maps import (
     attention_map, draw_look, inside, looks, mass, peak, points_of, query_of, unlearned)
-from ..train.config import root, write_json
+from ..files import root, write_json
 from ..data.dataset import Images, in_order, load_data, loader
 from ..data.split import part
 from ..distill.teacher import layer_pairs, same_cell

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torchvision.ops import box_iou
 
-from ..train.config import root
+from ..files import root
 from ..data.dataset import load_data
 from ..data.images import open_image
 from ..train.run import read_log

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from ..data.split import Split, ground_truth
-from ..train.config import root
+from ..files import root
 from ..data.dataset import load_data
 from ..model.evaluate import RECALLS, by_cell, coco_ap, curve, match, numbers, outside, predict, rows_of
 from ..model.weights import load_model

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..train.config import PRESETS, root
+from ..files import root
+from ..train.config import PRESETS
 from .grid import GRID
 from .results import published
 from .tables import comparisons, escaped, p_text, read, runs_of_study, spoken, tables_of_study, texts

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from ..train.config import FREE, PRESETS, Config, configure, plainly, root
+from ..files import plainly, root
+from ..train.config import FREE, PRESETS, Config, configure
 from ..data.dataset import load_data
 from ..train.run import beside_truth, train
 from ..model.weights import load_model

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..train.config import root
+from ..files import root
 from .grid import STUDIES, Run, estimate, one_name, plan, results_of, settle, spell
 
 # %% ../../nbs/study/02_runner.ipynb #c9d5dbc4

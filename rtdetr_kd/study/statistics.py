@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 from scipy.optimize import brentq
 
-from ..train.config import root
+from ..files import root
 from .matches import FILE, Matches, draws, load, resampled
 from .results import toy_study, variant
 

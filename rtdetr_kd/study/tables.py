@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..train.config import configure, root, write_json
+from ..files import root, write_json
+from ..train.config import configure
 from .grid import CONTROLS, GRID
 from .matches import FILE, load
 from ..model.detector import RTDETR

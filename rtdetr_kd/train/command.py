@@ -9,7 +9,8 @@ __all__ = ['given', 'main']
 import sys
 from dataclasses import fields
 
-from .config import Config, Stop, configure, plainly
+from ..files import Stop, plainly
+from .config import Config, configure
 from .run import train
 
 # %% ../../nbs/train/08_command.ipynb #566b2657

@@ -23,7 +23,8 @@ from torch import Tensor
 from ..data.split import Split
 from .recipe import (
     EMA, build_model, frozen_norms, lr_factor, param_groups, shipped_teacher, teacher_model, try_out)
-from .config import Config, run_folder, write_json
+from ..files import write_json
+from .config import Config, run_folder
 from ..data.dataset import Images, load_data, loader, mix, order, sides_around
 from ..data.augment import augmentation
 from ..distill.teacher import (

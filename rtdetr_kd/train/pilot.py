@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .recipe import build_model, frozen_norms
 from ..distill.cache import cached_answers
-from .config import FREE, plainly, write_json
+from ..files import plainly, write_json
+from .config import FREE
 from ..data.dataset import loader, mix, order
 from ..distill.teacher import only
 from .epoch import Learner
@@ -26,7 +27,7 @@ from ..distill.mixtures import Mix, parts_of
 from ..model.losses import detection_losses
 from ..distill.strength import adapt, average_weights, detached, gram, length, part_vector, strength
 from .parallel import whole
-from ..data.toy import cache_dir
+from ..files import cache_dir
 from ..model.weights import weights_mark
 
 # %% ../../nbs/train/04_pilot.ipynb #754c35f5

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .config import Config, root
+from ..files import root
+from .config import Config
 from ..model.detector import RTDETR, SIZES, Spec
 from .parallel import gathered
 from ..model.weights import init_from, load_model

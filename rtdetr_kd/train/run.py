@@ -22,7 +22,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from ..data.split import Split, ground_truth, part
 from ..data.boxes import draw
-from .config import Config, plainly, run_folder, write_json
+from ..files import plainly, write_json
+from .config import Config, run_folder
 from ..data.dataset import summary
 from .epoch import Learner
 from ..model.evaluate import coco_ap, evaluate, predict
