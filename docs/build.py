@@ -17,7 +17,7 @@ import api, facts
 ROOMS = {  # caption: folder of nbs/
     "The data": "data", "The detector": "model", "Distillation": "distill", "A run": "train",
     "The study": "study", "To a device": "deploy", "The server": "serve"}
-GROUND = ["files", "names"]  # notebooks that everything stands on
+GROUND = ["files", "names", "props"]  # notebooks that everything stands on
 GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
 COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"  # what a fence of shell commands begins with
