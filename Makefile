@@ -3,7 +3,7 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: serve train test teacher results docs ablation paper clean help reproduce
+.PHONY: serve train test teacher results docs ablation paper clean clean-notebooks help reproduce
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
@@ -15,6 +15,7 @@ help:
 	@echo "make ablation every method, its controls, six seeds, on toy: a night on 2 cores; again to go on (papermill nbs/ablation.ipynb -p preset toy)"
 	@echo "make paper    the manuscript from the committed result files: paper/paper.pdf (needs LaTeX)"
 	@echo "make reproduce RUN=toy-none   train a published run again: its metrics must come out the same to the last digit (minutes)"
+	@echo "make clean-notebooks   before a commit: no metadata of one machine, old outputs where only noise differs, no heavy picture"
 	@echo "make clean    remove the virtual environment and what was generated"
 
 $(VENV)/.ready: pyproject.toml
@@ -61,6 +62,10 @@ ablation: $(VENV)/.ready
 RUN ?= toy-none
 reproduce: $(VENV)/.ready
 	$(BIN)/python -m rtdetr_kd.results --reproduce $(RUN)
+
+clean-notebooks: $(VENV)/.ready
+	$(BIN)/nbdev_clean
+	$(BIN)/python tests/outputs.py
 
 paper: $(VENV)/.ready
 	$(BIN)/python -m rtdetr_kd.paper

@@ -110,8 +110,24 @@ def table(rooms: dict) -> str:
     return "\n".join("| " + " | ".join(map(str, r)) + " |" for r in both)
 
 
+def which(root: Path):
+    "Print every place that is counted, but the long median"
+    for p in notebooks(root):
+        cells, name = json.loads(p.read_text(encoding="utf-8"))["cells"], p.relative_to(root / "nbs")
+        for s in exported(cells):
+            if lines_of(s) > LONGEST_CELL and not is_table(s): print(f"{name}: a cell of {lines_of(s)} lines: {s.splitlines()[1]}")
+            if found := undocumented(s): print(f"{name}: without meaning: {', '.join(found)}")
+        for c in cells:
+            if c["cell_type"] != "code": continue
+            if n := chains(source(c)): print(f"{name}: {n} ';' in cell {c['id']}")
+            for l in source(c).splitlines():
+                if len(l) > LONGEST_LINE: print(f"{name}: {len(l)} characters: {l.strip()[:60]}…")
+
+
 if __name__ == "__main__":
-    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent)
+    words = sys.argv[1:]
+    root = Path(next((w for w in words if w != "--which"), Path(__file__).parent.parent))
+    if "--which" in words: sys.exit(which(root))
     rooms = measured(root)
     whole = {k: sum((r[k] for r in rooms.values()), [] if k == "lines" else 0) for k in next(iter(rooms.values()))}
     print(table(rooms | {"all": whole}))
