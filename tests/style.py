@@ -3,6 +3,7 @@ import ast, io, json, re, sys, tokenize
 from pathlib import Path
 from statistics import median
 
+PARAMETER = re.compile(r"\s+\*{0,2}\w+(:[^#]*|=[^#]*)?,\s*#")  # of a function, with its comment
 LONGEST_LINE, LONGEST_CELL, MEDIAN_CELL = 120, 40, 10
 
 
@@ -29,6 +30,11 @@ def exported(cells: list) -> list:
 def lines_of(code: str) -> int:
     "Lines with something on them, but the directive"
     return sum(bool(l.strip()) and not l.startswith("#|") for l in code.splitlines())
+
+
+def body_lines(code: str) -> int:
+    "The same without lines that only tell a parameter's meaning"
+    return sum(bool(l.strip()) and not l.startswith("#|") and not PARAMETER.match(l) for l in code.splitlines())
 
 
 def is_table(code: str) -> bool:
@@ -89,7 +95,7 @@ def measured(root: Path) -> dict:  # room: its figures
         out, code = exported(cells), [source(c) for c in cells if c["cell_type"] == "code"]
         r = rooms.setdefault(room_of(p, root), dict(notebooks=0, lines=[], over=0, long=0, chains=0, parameters=0, sections=0, bare=0))
         r["notebooks"] += 1
-        r["lines"] += [lines_of(s) for s in out]
+        r["lines"] += [body_lines(s) for s in out]
         r["over"] += sum(lines_of(s) > LONGEST_CELL and not is_table(s) for s in out)
         r["long"] += sum(map(too_long, code))
         r["chains"] += sum(map(chains, code))
@@ -102,7 +108,7 @@ def measured(root: Path) -> dict:  # room: its figures
 
 def table(rooms: dict) -> str:
     "The figures in Markdown"
-    head = ["room", "notebooks", "lines of an exported cell: median, longest", f"over {LONGEST_CELL}", f"lines over {LONGEST_LINE}",
+    head = ["room", "notebooks", "lines of an exported cell (without parameters): median, longest", f"over {LONGEST_CELL}", f"lines over {LONGEST_LINE}",
             "`;`", "parameters without meaning", "sections without picture, drawing, table"]
     rows = [[k, r["notebooks"], f"{median(r['lines'] or [0]):g}, {max(r['lines'], default=0)}", r["over"], r["long"], r["chains"],
              r["parameters"], f"{r['bare']} of {r['sections']}"] for k, r in rooms.items()]

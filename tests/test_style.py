@@ -4,7 +4,7 @@ from statistics import median
 
 import pytest
 from conftest import ROOT
-from style import LONGEST_LINE, MEDIAN_CELL, bare_sections, chains, measured, notebooks, room_of, source, too_long, undocumented
+from style import body_lines, LONGEST_LINE, MEDIAN_CELL, bare_sections, chains, measured, notebooks, room_of, source, too_long, undocumented
 
 HEAVY = 150_000  # bytes of a picture
 ROOMS = measured(ROOT)
@@ -53,6 +53,7 @@ def test_no_picture_is_heavy(path):
 def test_the_measures_measure():
     "Each of them finds the fault that it is for"
     assert chains("a = 1; b = 2\nplt.show();") == 1 and chains("'a; b'") == 0
+    assert body_lines("#| export\ndef f(\n    x,  # a number\n    y=2,  # another\n):\n    return x") == 3
     assert undocumented("def f(\n    x,  # a number\n    y,\n): pass") == ["f(y)"]
     assert undocumented("def f(x): pass") == ["f(x)"] and undocumented("def _f(x): pass") == []
     cell = lambda kind, s: dict(cell_type=kind, source=s, outputs=[])
