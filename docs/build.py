@@ -1,4 +1,7 @@
-"Build the site, offline: notebooks with their committed outputs, API pages, guides -> `_site`. Nothing is executed but docs/facts.py"
+"""Build the site, offline: notebooks with their committed outputs, API pages, guides -> `_site`
+
+Nothing is executed but docs/facts.py."""
+
 import ast, configparser, json, os, re, shutil, sys
 from pathlib import Path
 
@@ -15,22 +18,32 @@ from sphinx.cmd.build import main as sphinx
 import api, facts
 
 ROOMS = {  # caption: folder of nbs/
-    "The data": "data", "The detector": "model", "Distillation": "distill", "A run": "train",
-    "The study": "study", "To a device": "deploy", "The server": "serve"}
+    "The data": "data",
+    "The detector": "model",
+    "Distillation": "distill",
+    "A run": "train",
+    "The study": "study",
+    "To a device": "deploy",
+    "The server": "serve",
+}
 GROUND = ["files", "names", "props"]  # notebooks that everything stands on
 GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
-COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"  # what a fence of shell commands begins with
+# what a fence of shell commands begins with
+COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"
 
 
 def settings() -> dict:
-    ini = configparser.ConfigParser(interpolation=None); ini.read(root / "settings.ini")
+    ini = configparser.ConfigParser(interpolation=None)
+    ini.read(root / "settings.ini")
     return ini["DEFAULT"]
+
 
 source_url = f"{settings()['git_url']}/blob/{settings()['branch']}"
 
 
-def directives(cell) -> str: return " ".join(re.findall(r"^#\|\s*(.+)$", cell.source, re.M))
+def directives(cell) -> str:
+    return " ".join(re.findall(r"^#\|\s*(.+)$", cell.source, re.M))
 
 
 def outside(link: str) -> str:
@@ -41,12 +54,28 @@ def outside(link: str) -> str:
 
 def linked(prose: str, find) -> str:
     "`name` in prose leads to its API entry; code blocks, headings and existing links stay as they are"
-    def words(part): return re.sub(r"(?<![\[`\w])`(\w+(?:\.\w+)?)(?:\(\))?`(?![\]`])", lambda m: f"[{m[0]}](#{e.label})" if (e := find(m[1])) else m[0], part)
+
+    def words(part):
+        return re.sub(
+            r"(?<![\[`\w])`(\w+(?:\.\w+)?)(?:\(\))?`(?![\]`])",
+            lambda m: f"[{m[0]}](#{e.label})" if (e := find(m[1])) else m[0],
+            part,
+        )
+
     lines, fenced = [], False
     for line in prose.split("\n"):
-        if line.lstrip().startswith("```"): fenced = not fenced
-        lines.append(line if fenced or line.startswith("#") else "".join(p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))))
-    text = re.sub(rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M)  # on a phone commands are wrapped, drawings are not
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        lines.append(
+            line
+            if fenced or line.startswith("#")
+            else "".join(
+                p if k % 2 else words(p) for k, p in enumerate(re.split(r"(!?\[[^\]]*\]\([^)]*\)|\$[^$]+\$)", line))
+            )
+        )
+    text = re.sub(
+        rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M
+    )  # on a phone commands are wrapped, drawings are not
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
     text = re.sub(r"(!\[[^\]]*\]\()(?:\.\./)+(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
     return re.sub(r"\]\((?!(?:\.\./)*[\w/]+\.ipynb[)#])(\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
@@ -56,21 +85,31 @@ def imported(nb) -> dict:
     "name -> module, as the notebook's own cells import it"
     out = {}
     for c in nb.cells:
-        if c.cell_type != "code" or "import" not in c.source: continue
-        try: tree = ast.parse(re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M))
-        except SyntaxError: continue
+        if c.cell_type != "code" or "import" not in c.source:
+            continue
+        try:
+            tree = ast.parse(re.sub(r"^\s*[%!].*$", "", c.source, flags=re.M))
+        except SyntaxError:
+            continue
         for n in ast.walk(tree):
-            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rtdetr_kd."): out |= {a.asname or a.name: n.module.partition(".")[2] for a in n.names}
+            if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("rtdetr_kd."):
+                out |= {a.asname or a.name: n.module.partition(".")[2] for a in n.names}
     return out
 
 
 def finder(own: str | None, names: dict, entries: dict):
     "Which API entry a word in a notebook means: its own module's, an imported one, or the only one there is"
+
     def find(word):
-        if (own, word) in entries: return entries[own, word]
-        if word in names: return entries.get((names[word], word))
+        if (own, word) in entries:
+            return entries[own, word]
+        if word in names:
+            return entries.get((names[word], word))
         all_ = [e for (m, n), e in entries.items() if n == word]
-        return all_[0] if len(all_) == 1 and ("_" in word or not word.islower()) else None  # a plain word may mean anything
+        return (
+            all_[0] if len(all_) == 1 and ("_" in word or not word.islower()) else None
+        )  # a plain word may mean anything
+
     return find
 
 
@@ -78,17 +117,22 @@ def joined(outputs: list) -> list:
     "Lines printed one after the other as one output; what is printed between two tables stays between them"
     out = []
     for o in outputs:
-        if out and o.output_type == "stream" and out[-1].output_type == "stream" and o.name == out[-1].name: out[-1].text += o.text
-        else: out.append(o)
+        if out and o.output_type == "stream" and out[-1].output_type == "stream" and o.name == out[-1].name:
+            out[-1].text += o.text
+        else:
+            out.append(o)
     return out
 
 
 def staged(cell, own: str | None, find, symbols: set) -> list:
     "The cells that take the place of one"
-    if cell.cell_type == "raw": return []
-    if cell.cell_type == "markdown": return [new_markdown_cell(linked(cell.source, find))] if not cell.source.startswith("#| hide") else []
+    if cell.cell_type == "raw":
+        return []
+    if cell.cell_type == "markdown":
+        return [new_markdown_cell(linked(cell.source, find))] if not cell.source.startswith("#| hide") else []
     said = directives(cell)
-    if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip(): return []
+    if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip():
+        return []
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
     cell.metadata = dict(tags=["exported"] if re.search(r"\bexports?\b", said) else [])
     cell.outputs = joined(cell.outputs)
@@ -120,27 +164,48 @@ def contents(names: list) -> list:
     rooms = [toctree(caption, [n for n in names if n.startswith(f"{room}/")]) for caption, room in ROOMS.items()]
     ground = [n for n in names if "/" not in n and n in GROUND]
     run = [n for n in names if "/" not in n and n not in (*GROUND, "index")]
-    return [toctree("Guides", [f"guides/{g}" for g in GUIDES]), toctree("To run", run), *rooms, toctree("The ground floor", ground),
-            toctree("API", ["api/index"])]
+    return [
+        toctree("Guides", [f"guides/{g}" for g in GUIDES]),
+        toctree("To run", run),
+        *rooms,
+        toctree("The ground floor", ground),
+        toctree("API", ["api/index"]),
+    ]
 
 
 def stage_api(modules: dict):
     (src / "api").mkdir()
-    for m, (notebook, about, found) in modules.items(): (src / f"api/{m}.md").write_text(api.page(m, notebook, about, found, source_url))
-    rows = "\n".join(f"| [{m}]({m}.md) | [{nb}](../{nb}.ipynb) | {about} | {len(found)} |" for m, (nb, about, found) in modules.items())
+    for m, (notebook, about, found) in modules.items():
+        (src / f"api/{m}.md").write_text(api.page(m, notebook, about, found, source_url))
+    rows = "\n".join(
+        f"| [{m}]({m}.md) | [{nb}](../{nb}.ipynb) | {about} | {len(found)} |"
+        for m, (nb, about, found) in modules.items()
+    )
     head = "# API\n\n{.lead}\nEvery public function and class: signature, types, shapes, units\n\n"
-    (src / "api/index.md").write_text(head + "| module | explained in | about | entries |\n|---|---|---|---|\n" + rows + "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(modules) + "\n```\n")
+    (src / "api/index.md").write_text(
+        head
+        + "| module | explained in | about | entries |\n|---|---|---|---|\n"
+        + rows
+        + "\n\n```{toctree}\n:hidden:\n\n"
+        + "\n".join(modules)
+        + "\n```\n"
+    )
 
 
-def page_of(path: Path) -> str: return path.relative_to(root / "nbs").with_suffix("").as_posix()  # room/00_notebook
+def page_of(path: Path) -> str:
+    return path.relative_to(root / "nbs").with_suffix("").as_posix()  # room/00_notebook
 
 
-def stage(): # everything Sphinx reads
+def stage():  # everything Sphinx reads
     shutil.rmtree(src, ignore_errors=True)
     shutil.copytree(here / "_static", src / "_static")
     shutil.copytree(root / "figures", src / "figures", ignore=shutil.ignore_patterns("*.md", "*.pdf"))
     paths = sorted(p for p in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-    files = {p: ".".join(p.relative_to(root / "rtdetr_kd").with_suffix("").parts) for p in (root / "rtdetr_kd").rglob("*.py") if "# %% " in p.read_text(encoding="utf-8")}
+    files = {
+        p: ".".join(p.relative_to(root / "rtdetr_kd").with_suffix("").parts)
+        for p in (root / "rtdetr_kd").rglob("*.py")
+        if "# %% " in p.read_text(encoding="utf-8")
+    }
     order = ["", *ROOMS.values()]
     found = {m: api.read_module(p, m) for p, m in files.items()}
     modules = dict(sorted(found.items(), key=lambda x: (order.index(x[0].rpartition(".")[0]), x[1][0])))
@@ -152,7 +217,8 @@ def stage(): # everything Sphinx reads
         (src / f"guides/{g}.md").write_text(linked(page, finder(None, {}, entries)), encoding="utf-8")
     for p in paths:
         nb = chapter(p, modules, entries)
-        if p.stem == "index": nb.cells.append(new_markdown_cell("\n".join(contents([page_of(p) for p in paths]))))
+        if p.stem == "index":
+            nb.cells.append(new_markdown_cell("\n".join(contents([page_of(p) for p in paths]))))
         (src / page_of(p)).parent.mkdir(exist_ok=True)
         nbformat.write(nb, src / f"{page_of(p)}.ipynb")
 
@@ -162,30 +228,48 @@ def prune():
     mj = site / "_static/mathjax"
     keep = {mj / MATHJAX, *(mj / "output/chtml/fonts").rglob("*")}
     for p in mj.rglob("*"):
-        if p.is_file() and p not in keep: p.unlink()
+        if p.is_file() and p not in keep:
+            p.unlink()
     for p in sorted(mj.rglob("*"), reverse=True):
-        if p.is_dir() and not any(p.iterdir()): p.rmdir()
+        if p.is_dir() and not any(p.iterdir()):
+            p.rmdir()
 
 
 def from_elsewhere() -> list:
     "Pages that load something from the network to be displayed"
-    load = re.compile(r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//[^"]+"|<link[^>]+rel="(?:stylesheet|preload|icon)"[^>]+href="(?:https?:)?//[^"]+"|@import|url\(\s*["\']?https?:')
-    return sorted(f"{p.relative_to(site)}: {m[0][:100]}" for p in [*site.rglob("*.html"), *site.rglob("*.css")] if (m := load.search(p.read_text(errors="replace"))))
+    load = re.compile(
+        r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//[^"]+"'
+        r'|<link[^>]+rel="(?:stylesheet|preload|icon)"[^>]+href="(?:https?:)?//[^"]+"|@import|url\(\s*["\']?https?:'
+    )
+    return sorted(
+        f"{p.relative_to(site)}: {m[0][:100]}"
+        for p in [*site.rglob("*.html"), *site.rglob("*.css")]
+        if (m := load.search(p.read_text(errors="replace")))
+    )
 
 
-def main() -> int | str: # for sys.exit
-    if site.exists() and any(site.iterdir()) and not (site / ".buildinfo").exists(): return f"{site.name} is not empty and no site that this script made: give another folder, nothing is overwritten"
+def main() -> int | str:  # for sys.exit
+    if site.exists() and any(site.iterdir()) and not (site / ".buildinfo").exists():
+        return (
+            f"{site.name} is not empty and no site that this script made: give another folder, nothing is overwritten"
+        )
     shutil.rmtree(site, ignore_errors=True)
     stage()
-    rc = sphinx(["-q", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(src / ".doctrees"), str(src), str(site)])
-    if rc: return rc
+    rc = sphinx(
+        ["-q", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(src / ".doctrees"), str(src), str(site)]
+    )
+    if rc:
+        return rc
     shutil.rmtree(src)
     prune()
     (site / ".nojekyll").touch()
-    for line in from_elsewhere(): print("loads from the network:", line, file=sys.stderr); rc = 1
+    for line in from_elsewhere():
+        print("loads from the network:", line, file=sys.stderr)
+        rc = 1
     size = sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) / 2**20
     print(f"{len(list(site.rglob('*.html')))} pages, {size:.0f} MB: {site.name}/index.html")
     return rc
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

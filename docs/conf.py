@@ -1,4 +1,5 @@
 "Sphinx settings for the site that `docs/build.py` stages from the notebooks"
+
 project, author, html_title = "rtdetr_kd", "the rtdetr_kd authors", "rtdetr_kd"
 copyright = "2026 onwards, the rtdetr_kd authors"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline"]
@@ -15,4 +16,5 @@ html_copy_source = html_show_sourcelink = False
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = dict(
     light_css_variables={"color-brand-primary": "#2f5d8a", "color-brand-content": "#2f5d8a"},
-    dark_css_variables={"color-brand-primary": "#8ab8e6", "color-brand-content": "#8ab8e6"})
+    dark_css_variables={"color-brand-primary": "#8ab8e6", "color-brand-content": "#8ab8e6"},
+)
