@@ -1,4 +1,5 @@
 "Where the optional reference material lies, and a data set small enough to train on in seconds"
+
 import os
 from pathlib import Path
 
@@ -11,15 +12,18 @@ def shared(*parts) -> Path:
     "A file of the reference material, or skip"
     base = Path(os.environ.get("RTDETR_KD_SHARED") or ROOT.parent / "shared")
     path = base.joinpath(*parts)
-    if not path.exists(): pytest.skip(f"reference material {'/'.join(parts)} is not here: set RTDETR_KD_SHARED")
+    if not path.exists():
+        pytest.skip(f"reference material {'/'.join(parts)} is not here: set RTDETR_KD_SHARED")
     return path
 
 
 def scenes(folder: Path, **counts) -> Path:
     "A data set of that many scenes of 64 pixels in each split"
     from rtdetr_kd.data.toy import write_split
+
     folder.mkdir()
-    for split, n in counts.items(): write_split(folder, split, n, 64, 0)
+    for split, n in counts.items():
+        write_split(folder, split, n, 64, 0)
     return folder
 
 
