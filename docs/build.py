@@ -46,6 +46,15 @@ def directives(cell) -> str:
     return " ".join(re.findall(r"^#\|\s*(.+)$", cell.source, re.M))
 
 
+CHECKS = re.compile(r"(?:assert |test_\w+\(|for .*: (?:assert|test_\w+)|with |    )")  # what a line of a check begins with
+
+
+def is_check(source: str) -> bool:
+    "Does a cell only prove something? It is folded: a reader may open it"
+    lines = [l for l in source.splitlines() if l.strip() and not l.startswith("#")]
+    return bool(lines) and all(CHECKS.match(l) for l in lines)
+
+
 def outside(link: str) -> str:
     "A link out of nbs/ leads to the file on GitHub"
     base = source_url if "." in Path(link).name else source_url.replace("/blob/", "/tree/")
@@ -76,6 +85,7 @@ def linked(prose: str, find) -> str:
     text = re.sub(
         rf"^```\n(?={COMMANDS} )", "```bash\n", "\n".join(lines), flags=re.M
     )  # on a phone commands are wrapped, drawings are not
+    text = re.sub(r"\]\(((?:\.\./)*)index\.ipynb", r"](\1map.ipynb", text)
     text = re.sub(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\]", r"[\1]", text)  # a badge from elsewhere: its words
     text = re.sub(r"(!\[[^\]]*\]\()(?:\.\./)+(figures/[^)\s]+\))", r"\1/\2", text)  # staged beside the pages
     return re.sub(r"\]\((?!(?:\.\./)*[\w/]+\.ipynb[)#])(\.\./[^)#\s]+)\)", lambda m: f"]({outside(m[1])})", text)
@@ -134,7 +144,10 @@ def staged(cell, own: str | None, find, symbols: set) -> list:
     if "default_exp" in said or re.search(r"\bhide\b", said) or not cell.source.strip():
         return []
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-    cell.metadata = dict(tags=["exported"] if re.search(r"\bexports?\b", said) else [])
+    tags = ["exported"] if re.search(r"\bexports?\b", said) else []
+    folded = not tags and not cell.outputs and is_check(cell.source)
+    cell.metadata = dict(tags=[*tags, *(["hide-input"] if folded else [])])
+    if folded: cell.metadata["mystnb"] = dict(code_prompt_show="Checks", code_prompt_hide="Checks")
     cell.outputs = joined(cell.outputs)
     anchor = [new_markdown_cell(f"(sym-{own}.{cell['id']})=")] if cell.get("id") in symbols else []
     return [*anchor, cell]
@@ -151,20 +164,22 @@ def chapter(path: Path, modules: dict, entries: dict):
     first = nb.cells[0]
     first.source = re.sub(r"^> (.+)$", r"{.lead}\n\1", first.source, count=1, flags=re.M)
     more = [f"[API of `{own}`]({'../' * name.count('/')}api/{own}.md)"] if own else []
-    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{name}.ipynb)"])
+    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{path.relative_to(root / 'nbs').as_posix()})"])
     return nb
 
 
 def toctree(caption: str, names: list) -> str:
-    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(names) + "\n```\n"
+    said = f":caption: {caption}\n" if caption else ""
+    return f"```{{toctree}}\n:hidden:\n{said}\n" + "\n".join(names) + "\n```\n"
 
 
 def contents(names: list) -> list:
     "Table of contents: the guides, the runnable notebooks, the rooms in the order of reading, the API"
     rooms = [toctree(caption, [n for n in names if n.startswith(f"{room}/")]) for caption, room in ROOMS.items()]
     ground = [n for n in names if "/" not in n and n in GROUND]
-    run = [n for n in names if "/" not in n and n not in (*GROUND, "index")]
+    run = [n for n in names if "/" not in n and n not in (*GROUND, "map")]
     return [
+        toctree("", ["The map <map>"]),
         toctree("Guides", [f"guides/{g}" for g in GUIDES]),
         toctree("To run", run),
         *rooms,
@@ -192,8 +207,9 @@ def stage_api(modules: dict):
     )
 
 
-def page_of(path: Path) -> str:
-    return path.relative_to(root / "nbs").with_suffix("").as_posix()  # room/00_notebook
+def page_of(path: Path) -> str:  # room/00_notebook; the landing page is no notebook, so index.ipynb is the map
+    name = path.relative_to(root / "nbs").with_suffix("").as_posix()
+    return "map" if name == "index" else name
 
 
 def stage():  # everything Sphinx reads
@@ -216,11 +232,11 @@ def stage():  # everything Sphinx reads
         page = facts.fill((here / "guides" / f"{g}.md").read_text(encoding="utf-8"), g)
         (src / f"guides/{g}.md").write_text(linked(page, finder(None, {}, entries)), encoding="utf-8")
     for p in paths:
-        nb = chapter(p, modules, entries)
-        if p.stem == "index":
-            nb.cells.append(new_markdown_cell("\n".join(contents([page_of(p) for p in paths]))))
         (src / page_of(p)).parent.mkdir(exist_ok=True)
-        nbformat.write(nb, src / f"{page_of(p)}.ipynb")
+        nbformat.write(chapter(p, modules, entries), src / f"{page_of(p)}.ipynb")
+    landing = facts.fill((here / "landing.md").read_text(encoding="utf-8"), "landing")
+    pages = contents([page_of(p) for p in paths])
+    (src / "index.md").write_text("\n\n".join([linked(landing, finder(None, {}, entries)), *pages]), encoding="utf-8")
 
 
 def prune():

@@ -4,6 +4,7 @@ project, author, html_title = "rtdetr_kd", "the rtdetr_kd authors", "rtdetr_kd"
 copyright = "2026 onwards, the rtdetr_kd authors"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx-mathjax-offline"]
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # tables that a notebook shows as Markdown
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "attrs_block", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 exclude_patterns = ["_build"]

@@ -89,14 +89,52 @@ def test_every_link_within_the_site_leads_somewhere(site, pages):
 
 @pytest.mark.parametrize("name", NBS)
 def test_every_notebook_is_a_page_with_its_outputs(site, name):
-    page = (site / f"{name}.html").read_text(encoding="utf-8")
+    at = "map" if name == "index" else name  # the landing page is no notebook
+    page = (site / f"{at}.html").read_text(encoding="utf-8")
     cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
     shown = [
         c for c in cells if c["cell_type"] == "code" and not re.search(r"^#\|.*\bhide\b", "".join(c["source"]), re.M)
     ]
     pictures = sum("image/png" in o.get("data", {}) for c in shown for o in c["outputs"])
     assert page.count("_images/") >= pictures
-    assert f'href="{name}.html"' in (site / "index.html").read_text(encoding="utf-8") or name == "index"
+    assert f'href="{at}.html"' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_landing_page_lets_people_in(site):
+    "One sentence, a picture, how to install, three lines of use, the finding, four doors; and no test of ours"
+    page = (site / "index.html").read_text(encoding="utf-8")
+    article = page[page.index("<article") : page.index("</article>")]
+    said = re.sub(r"<[^>]+>", "", article)
+    for words in (
+        "Install",
+        "git clone",
+        "make train",
+        "pip install",
+        "load_model",
+        "my own data",
+        "how it works",
+        "Reproduce",
+        "Deploy",
+    ):
+        assert words.lower() in said.lower(), words
+    assert "_images/detections.png" in article and "_images/comparison.png" in article
+    assert "assert" not in said and "%!" not in said
+
+
+def test_tables_are_rendered_as_tables(site, pages):
+    "What a notebook shows as Markdown, too"
+    for p in pages:
+        text = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", p.read_text(encoding="utf-8"), flags=re.S)
+        assert not re.search(r"\|\s*:?-{3,}:?\s*\|", re.sub(r"<[^>]+>", "", text)), (
+            f"{p.name} shows a table's raw pipes"
+        )
+
+
+def test_a_cell_that_only_proves_is_folded():
+    import build
+
+    assert build.is_check("test_eq(a, b)\nassert c") and build.is_check("for x in y: assert x")
+    assert not build.is_check("x = 1\nassert x") and not build.is_check("print(1)")
 
 
 def test_a_guide_leads_to_chapters_of_the_site(pages):
