@@ -168,10 +168,10 @@ def slim(
     out: Output,  # the teacher's, with signals
     method: Method,  # decides what is kept
 ) -> Output:
-    "The answer without what the method does not read"
+    "The answer without what the method does not read; which cells were asked is always kept"
     needs = {*method.needs, "logits", "boxes", *(["sampling_points", "sampling_weights"] if method.looks else [])}
-    if method.asks: needs |= {"index", "reference"}
-    gone = dict.fromkeys({*PER_LAYER, "memory", "index"} - needs)
+    if method.asks: needs |= {"reference"}
+    gone = dict.fromkeys({*PER_LAYER, "memory"} - needs)
     cut = lambda s: None if s is None else replace(s, **gone)
     return Output(out.logits, out.boxes, signals=cut(out.signals), shared=cut(out.shared))
 
