@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, scenes
 
-from rtdetr_kd import decoder
-from rtdetr_kd.cache import alike, arrays, cached_answers, gaps
-from rtdetr_kd.data import Images, load_data
-from rtdetr_kd.distill import Teacher, surest
-from rtdetr_kd.kd_schedules import make_method
-from rtdetr_kd.model import RTDETR, SIZES, Spec
-from rtdetr_kd.weights import load_model
+from rtdetr_kd.data.dataset import Images, load_data
+from rtdetr_kd.distill.cache import alike, arrays, cached_answers, gaps
+from rtdetr_kd.distill.mixtures import make_method
+from rtdetr_kd.distill.teacher import Teacher, surest
+from rtdetr_kd.model import decoder
+from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_a_fill_that_goes_on_in_other_batches_knows_its_batches(wise, asked):
         if len(asked_for) == 4: raise KeyboardInterrupt
         return of(wise)(pixels)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("rtdetr_kd.cache.time.time", iter(range(0, 10**6, 60)).__next__)  # progress is written after each batch
+        m.setattr("rtdetr_kd.distill.cache.time.time", iter(range(0, 10**6, 60)).__next__)  # progress is written after each batch
         with pytest.raises(KeyboardInterrupt): cached_answers(images, 1, dies, method, "cut", batch=3)
     kept = cached_answers(images, 1, of(wise), method, "cut", batch=5)
     assert kept.batches == [range(0, 3), range(3, 6), range(6, 11), range(11, 12)]
