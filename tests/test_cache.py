@@ -39,8 +39,9 @@ def one_further(f, rows):
     "Query selection in which, in those images, the last of the chosen cells gives way to the first that was not chosen"
     def select(dec, memory, shapes):
         q, out = f(dec, memory, shapes)
-        try: dec.queries += 1; more, _ = f(dec, memory, shapes)
-        finally: dec.queries -= 1
+        dec.queries += 1
+        more, _ = f(dec, memory, shapes)
+        dec.queries -= 1
         def mixed(one, two):
             two = torch.cat([two[:, :-2], two[:, -1:]], 1)
             return torch.stack([two[i] if i in rows else one[i] for i in range(len(one))])
@@ -60,7 +61,8 @@ def test_another_cell_at_the_cut_of_query_selection_is_accepted(wise, asked, mon
     assert max(g.max() for g in found) > .05  # self-attention carries the exchange into other answers
     cached_answers(images, 1, of(wise), method, "wise")
     monkeypatch.setattr(decoder, "select", one_further(decoder.select, range(12)))
-    with pytest.raises(ValueError, match="answers otherwise"): cached_answers(images, 1, of(wise), method, "wise")  # ties are rare
+    with pytest.raises(ValueError, match="answers otherwise"):  # ties are rare
+        cached_answers(images, 1, of(wise), method, "wise")
 
 
 def test_another_batch_in_half_precision_is_accepted(wise, asked):
@@ -88,7 +90,8 @@ def test_another_teacher_is_refused(wise, asked):
     with torch.no_grad():
         for p in noisy.parameters(): p.mul_(1 + .02 * torch.randn_like(p))
     for other in (fresh, noisy):
-        with pytest.raises(ValueError, match="answers otherwise"): cached_answers(images, 1, of(other), method, "wise")
+        with pytest.raises(ValueError, match="answers otherwise"):
+            cached_answers(images, 1, of(other), method, "wise")
 
 
 @pytest.mark.parametrize("steps", [2, 20])
@@ -101,16 +104,22 @@ def test_a_fine_tuned_teacher_is_refused(wise, asked, steps):
     for _ in range(steps):
         out = tuned(x)
         loss = out.logits.sigmoid().mean() + .1 * out.boxes.mean()
-        opt.zero_grad(); loss.backward(); opt.step()
-    with pytest.raises(ValueError, match="answers otherwise"): cached_answers(images, 1, of(tuned.eval()), method, "wise")
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with pytest.raises(ValueError, match="answers otherwise"):
+        cached_answers(images, 1, of(tuned.eval()), method, "wise")
 
 
 @pytest.mark.parametrize("image", [0, 11])
 def test_a_damaged_answer_is_refused(wise, asked, image):
     images, method, of = asked
     kept = cached_answers(images, 1, of(wise), method, "wise")
-    file = np.load(kept.folder / "boxes.npy", mmap_mode="r+"); file[image] += .1; file.flush()
-    with pytest.raises(ValueError, match=f"stored for image {image}"): cached_answers(images, 1, of(wise), method, "wise")
+    file = np.load(kept.folder / "boxes.npy", mmap_mode="r+")
+    file[image] += .1
+    file.flush()
+    with pytest.raises(ValueError, match=f"stored for image {image}"):
+        cached_answers(images, 1, of(wise), method, "wise")
 
 
 def test_a_fill_that_goes_on_in_other_batches_knows_its_batches(wise, asked):
@@ -121,7 +130,9 @@ def test_a_fill_that_goes_on_in_other_batches_knows_its_batches(wise, asked):
         if len(asked_for) == 4: raise KeyboardInterrupt
         return of(wise)(pixels)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("rtdetr_kd.distill.cache.time.time", iter(range(0, 10**6, 60)).__next__)  # progress is written after each batch
-        with pytest.raises(KeyboardInterrupt): cached_answers(images, 1, dies, method, "cut", batch=3)
+        minutes = iter(range(0, 10**6, 60))  # progress is written after each batch
+        m.setattr("rtdetr_kd.distill.cache.time.time", minutes.__next__)
+        with pytest.raises(KeyboardInterrupt):
+            cached_answers(images, 1, dies, method, "cut", batch=3)
     kept = cached_answers(images, 1, of(wise), method, "cut", batch=5)
     assert kept.batches == [range(0, 3), range(3, 6), range(6, 11), range(11, 12)]

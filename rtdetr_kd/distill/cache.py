@@ -214,4 +214,5 @@ def verify(
             found.append((row % kept.n, gaps(a, b), len(a["index"])))
     other = [f for f in found if not alike(*f[1:])]
     wrong = [f for f in other if not tied(*f[1:])]
-    if wrong or len(other) > (len(found) + 1) // 2: raise ValueError(OTHERWISE.format(kept.folder, *said(*(wrong or other)[0])))
+    if wrong or len(other) > (len(found) + 1) // 2:
+        raise ValueError(OTHERWISE.format(kept.folder, *said(*(wrong or other)[0])))
