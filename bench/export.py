@@ -19,7 +19,8 @@ from rtdetr_kd.deploy.latency import draw_published, machine, markdown_table, me
 from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
 from rtdetr_kd.deploy.calibrate import calibrate
 from rtdetr_kd.deploy.quantize import gate, sensitivity, write_int8
-from rtdetr_kd.model.weights import COCO_NAMES, load_model, save_huggingface, save_model
+from rtdetr_kd.model.foreign_weights import COCO_NAMES, save_huggingface
+from rtdetr_kd.model.weights import load_model, save_model
 
 PUBLISHED = root() / "runs" / "published" / "latency"
 

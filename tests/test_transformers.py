@@ -6,7 +6,8 @@ import torch
 
 from rtdetr_kd.model.losses import detection_losses
 from rtdetr_kd.model.detector import RTDETR
-from rtdetr_kd.model.weights import from_hf, infer_spec, load_state, read_weights, save_huggingface
+from rtdetr_kd.model.foreign_weights import from_hf, infer_spec, save_huggingface
+from rtdetr_kd.model.weights import load_state, read_weights
 
 transformers = pytest.importorskip("transformers", reason="transformers is a test extra: pip install -e '.[dev]'")
 SIZE = (128, 160)

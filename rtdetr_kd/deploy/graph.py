@@ -18,6 +18,7 @@ from ..model.attention import DeformableAttention, snap
 from ..data.boxes import to_xyxy
 from ..model.decoder import anchors, logit, pick
 from ..model.encoder import HybridEncoder
+from ..model.folding import fuse
 from ..model.detector import RTDETR, top_detections
 
 # %% ../../nbs/deploy/00_graph.ipynb #7cd22434
@@ -188,7 +189,7 @@ class Deployed(nn.Module):
     ):
         super().__init__()
         if post not in POSTS: raise ValueError(f"post={post!r}: must be one of {', '.join(POSTS)}")
-        m = model.fuse().cpu().float()
+        m = fuse(model).cpu().float()
         cheap = all(isinstance(l.cross_attn, DeformableAttention) for l in m.decoder.decoder.layers)
         if half and not cheap: raise ValueError("half precision is there for deformable attention only: export this student in float32")
         self.net = Cheap(m, half) if cheap else Plain(m)

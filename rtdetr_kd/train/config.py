@@ -15,7 +15,7 @@ from ..files import one_of, root, unknown
 from ..distill.queries import LOOKS, PAIRINGS
 from ..distill.mixtures import METHODS, SHAPES, known_method
 from ..model.detector import SIZES, stages
-from ..model.weights import OFFICIAL
+from ..model.foreign_weights import OFFICIAL
 
 # %% ../../nbs/train/00_config.ipynb #5f271a33
 @dataclass

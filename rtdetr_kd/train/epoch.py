@@ -33,7 +33,8 @@ from ..distill.mixtures import make_method, parts_of
 from ..model.losses import detection_losses
 from ..model.detector import SIZES, Output
 from .parallel import Trained, accelerator, enough_memory, piece, plain_layout, share_norms
-from ..model.weights import OFFICIAL_AP, weights_mark
+from ..model.foreign_weights import OFFICIAL_AP
+from ..model.weights import weights_mark
 
 # %% ../../nbs/train/03_epoch.ipynb #cc87311e
 class Learner:
