@@ -83,7 +83,8 @@ def place(
         a, b = max(lo, 0), min(hi, n)
         p = min(max(round((a - lo) * N / (hi - lo)), 0), N - 1)
         q = min(max(round((b - lo) * N / (hi - lo)), p + 1), N)
-        source.append((a, b)); target.append((p, q))
+        source.append((a, b))
+        target.append((p, q))
     (x1, x2), (y1, y2) = source
     (p1, p2), (q1, q2) = target
     return (x1, y1, x2, y2), (p1, q1, p2, q2)
@@ -179,7 +180,8 @@ class Augment:
             recolour = lambda x: recoloured(x, *colour_matrix(mean(x), self.photometric, rng))
         image, moved = render(image, boxes, view, W, H, recolour)
         seen = np.clip(np.minimum(boxes[:, 2:], view[2:]) - np.maximum(boxes[:, :2], view[:2]), 0, None)
-        left = (view == (0, 0, w, h)) | (centres_inside(boxes, view) & (seen >= np.minimum(1, boxes[:, 2:] - boxes[:, :2])).all(1))
+        visible = (seen >= np.minimum(1, boxes[:, 2:] - boxes[:, :2])).all(1)
+        left = (view == (0, 0, w, h)) | (centres_inside(boxes, view) & visible)
         moved = np.clip(moved, 0, [W, H, W, H])
         if rng.random() < self.hflip:
             x1, y1, x2, y2 = moved.T
@@ -210,5 +212,6 @@ def four(
     for view, (x1, y1, x2, y2) in zip(views, ((0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side))):
         image, b, c = view(x2 - x1, y2 - y1)
         out[:, y1:y2, x1:x2] = image
-        boxes.append(b + [x1, y1, x1, y1]); labels.append(c)
+        boxes.append(b + [x1, y1, x1, y1])
+        labels.append(c)
     return out, np.concatenate(boxes), np.concatenate(labels)

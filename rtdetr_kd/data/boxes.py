@@ -95,7 +95,9 @@ def draw(
 ):  # the axes
     "An image with its boxes"
     ax = ax or plt.subplots(figsize=(3, 3))[1]
-    ax.imshow(as_array(img)); ax.set_axis_off(); ax.set_title(title, fontsize=8)
+    ax.imshow(as_array(img))
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=8)
     for k, box in reversed(list(enumerate(np.asarray(boxes, dtype=float).reshape(-1, 4)))):  # the surest on top
         x1, y1, x2, y2 = box
         text = "" if labels is None else str(labels[k])
@@ -115,10 +117,11 @@ def show(
     cmap: str = "gray",  # colours of arrays without colour (h,w)
 ):  # array of axes
     "Images in rows, without axes"
-    rows = -(-len(imgs) // cols)
-    fig, axs = plt.subplots(rows, min(cols, len(imgs)), figsize=(size * min(cols, len(imgs)), size * rows), squeeze=False)
+    rows, cols = -(-len(imgs) // cols), min(cols, len(imgs))
+    fig, axs = plt.subplots(rows, cols, figsize=(size * cols, size * rows), squeeze=False)
     for ax in axs.flat: ax.set_axis_off()
     for k, (ax, img) in enumerate(zip(axs.flat, imgs)):
-        ax.imshow(as_array(img), cmap=cmap); ax.set_title(titles[k] if titles else "", fontsize=7)
+        ax.imshow(as_array(img), cmap=cmap)
+        ax.set_title(titles[k] if titles else "", fontsize=7)
     fig.tight_layout(pad=.3)
     return axs

@@ -124,7 +124,9 @@ def unzip(
             part = to.with_name(to.name + ".part")
             with z.open(i) as src, open(part, "wb") as out: shutil.copyfileobj(src, out)
             os.replace(part, to)
-            if time.time() - said > 10: said = time.time(); print(f"  {k + 1:,} of {len(infos):,} files", flush=True)
+            if time.time() - said > 10:
+                said = time.time()
+                print(f"  {k + 1:,} of {len(infos):,} files", flush=True)
 
 # %% ../../nbs/data/10_download.ipynb #2a4e2420
 COCO = "http://images.cocodataset.org"
@@ -166,8 +168,10 @@ def fetch_all(
     said = time.time()
     with ThreadPoolExecutor(threads) as pool:
         for k, _ in enumerate(pool.map(lambda f: fetch(*f), todo)):
-            if time.time() - said > 10: said = time.time(); print(f"  {len(files) - len(todo) + k + 1:,} of "
-                                                                  f"{len(files):,} images", flush=True)
+            if time.time() - said > 10:
+                said = time.time()
+                print(f"  {len(files) - len(todo) + k + 1:,} of "
+                      f"{len(files):,} images", flush=True)
 
 # %% ../../nbs/data/10_download.ipynb #9a44d0c6
 def coco_part(
@@ -191,7 +195,9 @@ def coco_part(
 # %% ../../nbs/data/10_download.ipynb #9116d1f9
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Download a data set")
-    p.add_argument("what", choices=["coco"]); p.add_argument("--folder", type=Path); p.add_argument("--base", default=COCO)
+    p.add_argument("what", choices=["coco"])
+    p.add_argument("--folder", type=Path)
+    p.add_argument("--base", default=COCO)
     p.add_argument("--subset", type=int, default=0, help="so many training images only, each fetched by itself")
     a = p.parse_args()
     try: print(coco_part(a.subset, a.folder, a.base) if a.subset else coco(a.folder, a.base))
