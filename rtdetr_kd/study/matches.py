@@ -17,7 +17,7 @@ from scipy.sparse import csr_array
 from ..data.split import Split, ground_truth
 from ..files import root
 from ..data.dataset import load_data
-from ..model.evaluate import RECALLS, by_cell, coco_ap, curve, match, numbers, outside, predict, rows_of
+from ..model.evaluate import RECALLS, by_cell, coco_ap, curve, match_detections, numbers, outside, predict, rows_of
 from ..model.weights import load_model
 
 # %% ../../nbs/study/04_matches.ipynb #ddf064a2
@@ -68,7 +68,7 @@ def matches_of(
     image, cat = numbers(gt["images"], "images"), numbers(gt["categories"], "categories")
     g, d = rows_of(gt["annotations"], image, cat, "true box")[0], rows_of(found, image, cat, "prediction")[0]
     d, g = by_cell(d, max_dets)[0], g[np.argsort(g.cell, kind="stable")]
-    hit, void = match(d, g)
+    hit, void = match_detections(d, g)
     void |= ~hit & outside(d.area)[:, :, None]
     truth = np.zeros((len(cat), 4, len(image)), np.uint16)
     np.add.at(truth, (g.cell // len(image), slice(None), g.cell % len(image)), ~(outside(g.area) | g.crowd[:, None]))
