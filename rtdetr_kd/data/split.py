@@ -60,10 +60,11 @@ def pack(
 ) -> Split:
     "Rows in any order as a `Split`"
     o = np.argsort(image, kind="stable")
+    files, ids = [im["file_name"] for im in images], id_array([im["id"] for im in images])
     sizes = np.array([(im["height"], im["width"]) for im in images], int).reshape(-1, 2)
     start = np.searchsorted(image[o], np.arange(len(images) + 1))
-    return Split(name, Path(folder), [im["file_name"] for im in images], id_array([im["id"] for im in images]), sizes,
-                 start, boxes[o].astype(np.float32), labels[o].astype(int), crowd[o].astype(bool), area[o].astype(float), [n for _, n in cats], [i for i, _ in cats], problems)
+    return Split(name, Path(folder), files, ids, sizes, start, boxes[o].astype(np.float32), labels[o].astype(int),
+                 crowd[o].astype(bool), area[o].astype(float), [n for _, n in cats], [i for i, _ in cats], problems)
 
 # %% ../../nbs/data/03_split.ipynb #98000c18
 def pack_split(
@@ -192,7 +193,7 @@ def doubts(
 
 # %% ../../nbs/data/03_split.ipynb #34a3e76b
 def repeats(
-    t: Table,
+    t: Table,  # whose images and classes are compared
     problems: list,  # added to in place
 ):
     "Say which files and class names occur more than once, and which names differ in nothing that one sees"
