@@ -1,4 +1,5 @@
 "A teacher of other classes: refused, mapped by name, or its scores left out"
+
 import pytest
 import torch
 
@@ -18,7 +19,20 @@ def teacher(tmp_path_factory):
 
 
 def learner(tiny, teacher, tmp_path, **kw):
-    return Learner(configure(data=str(tiny), size="toy", image_size=64, batch=8, teacher=str(teacher), kd_points=10, lam=1, workers=0, runs=str(tmp_path), **kw))
+    return Learner(
+        configure(
+            data=str(tiny),
+            size="toy",
+            image_size=64,
+            batch=8,
+            teacher=str(teacher),
+            kd_points=10,
+            lam=1,
+            workers=0,
+            runs=str(tmp_path),
+            **kw,
+        )
+    )
 
 
 def terms(l):
@@ -27,7 +41,8 @@ def terms(l):
 
 
 def test_logits_of_other_classes_are_refused(tiny, teacher, tmp_path):
-    with pytest.raises(ValueError, match="teacher_classes='by_name'"): learner(tiny, teacher, tmp_path, method="logit")
+    with pytest.raises(ValueError, match="teacher_classes='by_name'"):
+        learner(tiny, teacher, tmp_path, method="logit")
 
 
 def test_queries_leave_the_scores_out(tiny, teacher, tmp_path, capsys):
@@ -49,10 +64,13 @@ def test_by_name_compares_the_common_classes(tiny, teacher, tmp_path, method, te
 def test_no_class_in_common(tiny, tmp_path):
     path = tmp_path / "t.safetensors"
     save_model(RTDETR(Spec(["cat"], **SIZES["toy"] | dict(image_size=64))), path)
-    with pytest.raises(ValueError, match="no name is in both"): learner(tiny, path, tmp_path, method="logit", teacher_classes="by_name")
+    with pytest.raises(ValueError, match="no name is in both"):
+        learner(tiny, path, tmp_path, method="logit", teacher_classes="by_name")
     assert learner(tiny, path, tmp_path, method="query").teacher_about["select_AP"] is None
-    with pytest.raises(ValueError, match="cannot be measured"): learner(tiny, path, tmp_path, method="query", teacher_min_ap=.1)
+    with pytest.raises(ValueError, match="cannot be measured"):
+        learner(tiny, path, tmp_path, method="query", teacher_min_ap=0.1)
 
 
 def test_a_teacher_below_the_gate_stops_the_run(tiny, teacher, tmp_path):
-    with pytest.raises(ValueError, match="below teacher_min_ap=0.3"): learner(tiny, teacher, tmp_path, method="query", teacher_min_ap=.3)
+    with pytest.raises(ValueError, match="below teacher_min_ap=0.3"):
+        learner(tiny, teacher, tmp_path, method="query", teacher_min_ap=0.3)
