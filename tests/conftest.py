@@ -20,12 +20,9 @@ def shared(*parts) -> Path:
 
 def scenes(folder: Path, **counts) -> Path:
     "A data set of that many scenes of 64 pixels in each split"
-    from rtdetr_kd.data.toy import write_split
+    from rtdetr_kd.props import tiny_data
 
-    folder.mkdir()
-    for split, n in counts.items():
-        write_split(folder, split, n, 64, 0)
-    return folder
+    return tiny_data(folder, **counts)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,9 @@ def entries(
     return found
 
 # %% ../../nbs/data/04_coco.ipynb #b51b3c50
-def size_of(path: Path) -> tuple:  # width, height as a person sees it; 0, 0 if it cannot be read
+def size_of(
+    path: Path,  # of an image
+) -> tuple:  # width, height as a person sees it; 0, 0 if it cannot be read
     "The size in a file's header"
     try:
         with open_header(path) as im: return im.size[::-1] if orientation(im) >= 5 else im.size

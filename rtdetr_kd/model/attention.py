@@ -46,7 +46,9 @@ def sample(
     return out.view(b, m * d, q).transpose(1, 2)
 
 # %% ../../nbs/model/02_attention.ipynb #918d4711
-def star(heads: int) -> Tensor:  # (heads,2) x,y
+def star(
+    heads: int,  # of the attention
+) -> Tensor:  # (heads,2) x,y
     "Evenly spread directions, scaled to end on the unit square"
     θ = torch.arange(heads) * (2 * math.pi / heads)
     rays = torch.stack([θ.cos(), θ.sin()], -1)  # (heads,2)

@@ -112,7 +112,8 @@ def load_model(
 
 # %% ../../nbs/model/07_weights.ipynb #f7bde26a
 @patch(cls_method=True)
-def from_file(cls: RTDETR,
+def from_file(
+    cls: RTDETR,  # the class
     path,  # as in `load_model`
     **changes,  # of the spec
 ) -> RTDETR:
