@@ -74,9 +74,11 @@ class DeformableAttention(nn.Module):
     def reset(self):
         "Start like a star: head k looks in direction k, point j lies j steps away; all weights equal"
         for m in (self.sampling_offsets, self.attention_weights):
-            nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
         for m in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
         step = torch.arange(1, self.points + 1.).view(1, 1, -1, 1)
         Δ = star(self.heads).view(-1, 1, 1, 2) * step  # (heads,1,points,2)
         self.sampling_offsets.bias.data = Δ.expand(-1, self.levels, -1, -1).flatten().clone()

@@ -156,7 +156,8 @@ class Decoder(nn.Module):
         "Scores start at 1 %, box corrections at zero"
         for m in (self.enc_score_head, *self.dec_score_head): nn.init.constant_(m.bias, -math.log(99))
         for m in (self.enc_bbox_head, *self.dec_bbox_head):
-            nn.init.zeros_(m.layers[-1].weight); nn.init.zeros_(m.layers[-1].bias)
+            nn.init.zeros_(m.layers[-1].weight)
+            nn.init.zeros_(m.layers[-1].bias)
         for m in (self.enc_output[0], *self.query_pos_head.layers): nn.init.xavier_uniform_(m.weight)
 
 # %% ../../nbs/model/03_decoder.ipynb #8863d986
@@ -247,7 +248,8 @@ def denoising(
     labels, real = labels[:, None, None].expand(shape), real[:, None, None].expand(shape)
     labels = flip_labels(labels, real, dec.classes, label_noise * .5)
     ref = logit(noisy(boxes[:, None, None].expand(*shape, 4).contiguous()))
-    positive = real.clone(); positive[:, :, 1] = False
+    positive = real.clone()
+    positive[:, :, 1] = False
     content = dec.denoising_class_embed(labels.reshape(b, n))  # (b,n,d)
     return Queries(content, ref.reshape(b, n, 4)), positive.reshape(b, n), g
 
