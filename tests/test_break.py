@@ -9,7 +9,7 @@ from PIL import Image
 from conftest import ann, folder_of, read, write
 from rtdetr_kd.data.dataset import load_data, summary
 from rtdetr_kd.data.report import check
-from rtdetr_kd.distill.cache import Answers
+from rtdetr_kd.distill.cache import CachedAnswers
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -176,10 +176,10 @@ def test_kept_answers_that_were_cut_off(tmp_path):
     part.mkdir()
     (part / "about.json").write_text(json.dumps(dict(images=4, views=1, shapes=[[2, 2]], arrays=["logits"])))
     np.save(part / "logits.npy", np.zeros((4, 3), np.float16))
-    Answers(part)
+    CachedAnswers(part)
     np.save(part / "logits.npy", np.zeros((2, 3), np.float16))
     with pytest.raises(ValueError, match="has 2 rows"):
-        Answers(part)
+        CachedAnswers(part)
     (part / "logits.npy").write_bytes((part / "logits.npy").read_bytes()[:130])
     with pytest.raises(ValueError):
-        Answers(part)
+        CachedAnswers(part)

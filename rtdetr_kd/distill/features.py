@@ -35,15 +35,15 @@ def pair_levels(
 
 # %% ../../nbs/distill/02_features.ipynb #e42fd704
 def width(
-    model: RTDETR,
+    model: RTDETR,  # of any size
 ) -> int:
     "Channels of the encoder's maps"
     return model.spec.d_encoder or model.spec.d
 
 # %% ../../nbs/distill/02_features.ipynb #2890de8e
 def adapters(
-    student: RTDETR,
-    teacher: RTDETR,
+    student: RTDETR,  # whose maps are translated
+    teacher: RTDETR,  # into whose width
 ) -> nn.ModuleList:
     "A 1×1 convolution for each pair of levels"
     n = min(student.spec.levels, teacher.spec.levels)
@@ -53,7 +53,7 @@ def adapters(
 def adapted(
     student: Output,  # with signals
     teacher: Output,  # with signals
-    adapters: nn.ModuleList,
+    adapters: nn.ModuleList,  # one for each pair of levels
 ) -> list:  # pairs (b,d,h,w) of the same shape
     "The student's maps in the teacher's language and size, beside the teacher's"
     pairs = pair_levels(student.signals.memory, teacher.signals.memory)
@@ -63,21 +63,20 @@ def adapted(
 def splat(
     points: Tensor,  # (...,heads,levels,p,2) fractions of the image
     weights: Tensor,  # (...,heads,levels,p)
-    h: int,
-    w: int,
+    h: int,  # rows of the map
+    w: int,  # columns of the map
     normalise: bool = True,  # to a sum of 1: attention outside the image is lost
 ) -> Tensor:  # (...,h,w)
     "Attention as a map on one grid, heads averaged: each point gives to the four cells that it reads from"
     p, a = full(points).flatten(-4, -2), full(weights).flatten(-3)  # (...,k,2), (...,k)
     x, y = p[..., 0] * w - .5, p[..., 1] * h - .5
     A = a.new_zeros(*a.shape[:-1], h * w)
-    for i in (0, 1):
-        for j in (0, 1):
-            r, c = y.detach().floor() + i, x.detach().floor() + j
-            share = (1 - (y - r).abs()) * (1 - (x - c).abs()) * a
-            inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
-            cell = r.clamp(0, h - 1) * w + c.clamp(0, w - 1)
-            A = A.scatter_add(-1, cell.long(), share * inside)
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        r, c = y.detach().floor() + i, x.detach().floor() + j
+        share = (1 - (y - r).abs()) * (1 - (x - c).abs()) * a
+        inside = (r >= 0) & (r < h) & (c >= 0) & (c < w)
+        cell = r.clamp(0, h - 1) * w + c.clamp(0, w - 1)
+        A = A.scatter_add(-1, cell.long(), share * inside)
     A = A / weights.shape[-3]
     if normalise: A = A / A.sum(-1, keepdim=True).clamp(min=1e-6)
     return A.unflatten(-1, (h, w))
@@ -101,12 +100,12 @@ def attention_map_distance(
 
 # %% ../../nbs/distill/02_features.ipynb #5f9b662b
 def attention_loss(
-    student: Output,  # both with sampling points
-    teacher: Output,
-    pairs: list,  # of layers
-    grid: int = 20,
+    student: Output,  # with sampling points
+    teacher: Output,  # with sampling points
+    pairs: list,  # of layers: student's, teacher's
+    grid: int = 20,  # cells a side of the maps
     same_classes: bool = True,  # whether scores may be compared by column
-) -> Tensor:
+) -> Tensor:  # scalar
     "Distance of attention maps over paired queries, weighted by the teacher's confidence"
     s, t = student.signals, teacher.signals
     i, q, r = partners(s, t, same_classes)
@@ -132,8 +131,8 @@ class FeatureKD(Method):
     "Encoder maps by squared error through a learned projection (after FitNets), and where paired queries look"
     needs = ("memory",)
     def __init__(self,
-        student: RTDETR,
-        teacher: RTDETR,
+        student: RTDETR,  # that shall learn: its width
+        teacher: RTDETR,  # that it learns from: its width
         feature: float = 1.,  # weight of the maps
         attention: float = .5,  # weight of the attention term, 0 leaves it out
         grid: int = 20,  # cells a side of an attention map
@@ -144,7 +143,12 @@ class FeatureKD(Method):
         self.same_classes = student.spec.names == teacher.spec.names
         self.feature, self.attention, self.grid = feature, attention, grid
 
-    def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+    def forward(self,
+        student: Output,  # with signals
+        teacher: Output,  # with signals
+        targets: list | None = None,  # not used
+        progress: float = 0.,  # not used
+    ) -> dict:
         "The terms kd_feature and kd_attention_map"
         apart = [F.mse_loss(s, t) for s, t in adapted(student, teacher, self.adapters)]
         terms = dict(kd_feature=self.feature * torch.stack(apart).mean())
@@ -168,14 +172,19 @@ class CWD(Method):
     "Channel-wise distillation (Shu et al., ICCV 2021): where each channel is strong"
     needs = ("memory",)
     def __init__(self,
-        student: RTDETR,
-        teacher: RTDETR,
+        student: RTDETR,  # that shall learn: its width
+        teacher: RTDETR,  # that it learns from: its width
         tau: float = 1.,  # temperature
     ):
         super().__init__()
         self.adapters, self.tau = adapters(student, teacher), tau
 
-    def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+    def forward(self,
+        student: Output,  # with signals
+        teacher: Output,  # with signals
+        targets: list | None = None,  # not used
+        progress: float = 0.,  # not used
+    ) -> dict:
         "One term, `kd_cwd`"
         apart = [channel_kl(s, t, self.tau) for s, t in adapted(student, teacher, self.adapters)]
         return dict(kd_cwd=torch.stack(apart).mean())
@@ -201,15 +210,20 @@ class MGD(Method):
     "Masked generative distillation (Yang et al., ECCV 2022): rebuild the teacher's map from a part of the student's"
     needs = ("memory",)
     def __init__(self,
-        student: RTDETR,
-        teacher: RTDETR,
+        student: RTDETR,  # that shall learn: its width
+        teacher: RTDETR,  # that it learns from: its width
         ratio: float = .65,  # the share of places that are hidden
     ):
         super().__init__()
         self.adapters, self.ratio = adapters(student, teacher), ratio
         self.generators = nn.ModuleList(generator(width(teacher)) for _ in self.adapters)
 
-    def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+    def forward(self,
+        student: Output,  # with signals
+        teacher: Output,  # with signals
+        targets: list | None = None,  # not used
+        progress: float = 0.,  # not used
+    ) -> dict:
         "One term, `kd_mgd`"
         pairs = adapted(student, teacher, self.adapters)
         apart = [F.mse_loss(g(s * random_mask(s, self.ratio)), t) for g, (s, t) in zip(self.generators, pairs)]

@@ -34,7 +34,12 @@ class Mix(Method):
         self.asks, self.looks, self.whole = (any(getattr(m, k) for m in ms) for k in ("asks", "looks", "whole"))
         self.lots, self.own = max(m.lots for m in ms), all(m.own for m in ms)
 
-    def forward(self, student: Output, teacher: Output, targets=None, progress: float = 0.) -> dict:
+    def forward(self,
+        student: Output,  # with what any part needs
+        teacher: Output,  # with what any part needs
+        targets: list | None = None,  # as the parts want them
+        progress: float = 0.,  # 0 at the start of training, 1 at its end
+    ) -> dict:  # named terms, scaled and weighted
         "The terms of all parts, scaled and weighted"
         w = self.weights(progress)
         return {k: w[n] * self.scale[n] * v for n, m in self.parts.items()
@@ -42,7 +47,7 @@ class Mix(Method):
 
 # %% ../../nbs/distill/04_mixtures.ipynb #42284eee
 def parts_of(
-    method: Method,
+    method: Method,  # a mixture or not
     name: str,  # of the method
 ) -> dict:  # name: Method
     "A mixture's parts, or the method itself as the only part"
@@ -66,17 +71,18 @@ def curriculum(
 
 # %% ../../nbs/distill/04_mixtures.ipynb #20bf5bce
 def known_method(
-    name: str,
+    name: str,  # as typed
 ) -> bool:
     "Whether a name is a method, or a sum of different ones"
+    if name in METHODS or name == "stage": return True
     parts = name.split("+")
-    return name in (*METHODS, "stage") or (len(parts) > 1 and len(set(parts)) == len(parts) and all(METHODS.get(p) for p in parts))
+    return len(parts) > 1 and len(set(parts)) == len(parts) and all(METHODS.get(p) for p in parts)
 
 # %% ../../nbs/distill/04_mixtures.ipynb #f5034b01
 def make_method(
     name: str,  # of METHODS, stage, or a sum such as query+logit
-    student: RTDETR,
-    teacher: RTDETR,
+    student: RTDETR,  # that shall learn
+    teacher: RTDETR,  # that it learns from
     options: dict | None = None,  # {part: {argument: value}}
     shape: str = "cosine",  # of the curriculum
 ) -> Method | None:  # None for none

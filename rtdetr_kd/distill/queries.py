@@ -22,8 +22,8 @@ from ..model.detector import RTDETR, Output, Signals
 
 # %% ../../nbs/distill/03_queries.ipynb #0963255c
 def by_index(
-    student: Output,
-    teacher: Output,
+    student: Output,  # with signals
+    teacher: Output,  # with signals
     same_classes: bool = True,  # not used: the index asks for nothing
 ) -> tuple:  # Signals, Signals
     "Row by row: the first min(Qs,Qt) queries"
@@ -34,8 +34,8 @@ def by_index(
 
 # %% ../../nbs/distill/03_queries.ipynb #b5b69947
 def by_hungarian(
-    student: Output,
-    teacher: Output,
+    student: Output,  # with signals
+    teacher: Output,  # with signals
     same_classes: bool = True,  # whether scores may be compared by column
 ) -> tuple:  # Signals, Signals
     "Queries that predict alike"
@@ -55,8 +55,8 @@ def beside(
 
 # %% ../../nbs/distill/03_queries.ipynb #7714fcb9
 def by_questions(
-    student: Output,
-    teacher: Output,
+    student: Output,  # with signals
+    teacher: Output,  # with signals
     same_classes: bool = True,  # not used: nothing is searched
 ) -> tuple:  # Signals, Signals
     "The same questions, the teacher's own and those by lot"
@@ -70,7 +70,7 @@ PAIRINGS = dict(index=by_index, hungarian=by_hungarian, shared=by_questions)
 def quality_focal(
     s: Tensor,  # (...,c) student's logits
     t: Tensor,  # (...,c) teacher's logits
-    γ: float = 2.,
+    γ: float = 2.,  # how fast agreement is silenced
 ) -> Tensor:  # (...,c)
     "|σ(s)-σ(t)|^γ BCE(s, σ(t)): where both agree, and that is nearly everywhere, nothing is left to say"
     p = t.float().sigmoid()
@@ -104,7 +104,7 @@ def moments(
 # %% ../../nbs/distill/03_queries.ipynb #231079c5
 def attention_distance(
     s: tuple,  # mean (...,2), covariance (...,2,2)
-    t: tuple,
+    t: tuple,  # the same of the teacher
 ) -> Tensor:  # (...)
     "|μs-μt|₁ + ‖Σs-Σt‖: five numbers a query, no grid, and a gradient also where the maps do not overlap"
     return (s[0] - t[0]).abs().sum(-1) + (s[1] - t[1]).square().sum((-1, -2)).add(1e-8).sqrt()
@@ -121,8 +121,8 @@ class QueryKD(Method):
     needs = ("logits", "boxes", "queries", "reference", "index")
     scores_optional = True
     def __init__(self,
-        student: RTDETR,
-        teacher: RTDETR,
+        student: RTDETR,  # that shall learn: its width
+        teacher: RTDETR,  # that it learns from: its width
         alignment: str = "shared",  # or hungarian, index
         points: str = "teacher",  # whose questions: teacher, random or both (with shared only)
         lots: int = 100,  # how many are drawn by lot
@@ -144,7 +144,7 @@ class QueryKD(Method):
 @patch
 def forward(self: QueryKD,
     student: Output,  # with signals, and the shared group if it asks
-    teacher: Output,
+    teacher: Output,  # with signals
     targets=None,  # not used
     progress: float = 0.,  # not used
 ) -> dict:  # named terms, unweighted

@@ -28,7 +28,7 @@ from .config import Config, run_folder
 from ..data.dataset import Images, load_data, loader, mix, order, sides_around
 from ..data.augment import augmentation
 from ..distill.teacher import (
-    Teacher, check_classes, check_signals, gate, only, random_questions, same_cell, slim, surest)
+    Teacher, check_classes, check_signals, check_teacher, only, random_questions, same_cell, slim, surest)
 from ..distill.mixtures import make_method, parts_of
 from ..model.losses import detection_losses
 from ..model.detector import SIZES, Output
@@ -107,7 +107,7 @@ def build_method(self: Learner) -> tuple:  # teacher, method; or None, None
     check_signals(method, first, c.method)
     self.teacher_shapes = first.signals.shapes
     official = OFFICIAL_AP.get(source.removeprefix("official:"), 0.) if source.startswith("official:") else 0.
-    ap = gate(teacher, self.splits["select"], c.teacher_min_ap if c.teacher_min_ap >= 0 else .9 * official)
+    ap = check_teacher(teacher, self.splits["select"], c.teacher_min_ap if c.teacher_min_ap >= 0 else .9 * official)
     self.teacher_about = dict(source=Path(source).name, fingerprint=weights_mark(teacher.model), select_AP=ap)
     if method.asks and c.kd_points > teacher.model.spec.queries: print(f"kd_points={c.kd_points}, but the teacher has {teacher.model.spec.queries} queries: all of them are asked", flush=True)
     print(f"teacher {Path(source).name}: " + (f"AP {ap:.3f} on select" if ap is not None else "no class in common with the data, AP not measured"), flush=True)
