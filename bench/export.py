@@ -16,7 +16,8 @@ from rtdetr_kd.data.split import part
 from rtdetr_kd.data.dataset import load_data
 from rtdetr_kd.deploy.export import write_onnx, write_openvino
 from rtdetr_kd.deploy.latency import draw_published, machine, markdown_table, measure, race, rows_of, write_table
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.deploy.calibrate import calibrate
 from rtdetr_kd.deploy.quantize import gate, sensitivity, write_int8
 from rtdetr_kd.model.foreign_weights import COCO_NAMES, save_huggingface

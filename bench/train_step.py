@@ -22,8 +22,8 @@ from torch import nn
 import rtdetr_kd.distill.cache
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.data.dataset import loader
-from rtdetr_kd.train.epoch import Learner
-from rtdetr_kd.model.detector import SIZES
+from rtdetr_kd.train.step import Learner
+from rtdetr_kd.model.sizes import SIZES
 
 rtdetr_kd.distill.cache.verify = lambda *_: None  # an untrained teacher's surest queries are decided by rounding
 CASES = dict(canonical=dict(size="r18", teacher="r50", side=640, batch=2, classes=80, boxes=7, images=4),

@@ -120,14 +120,15 @@ def attention_table():
 @cache
 def parameters(size):
     import torch
-    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+    from rtdetr_kd.model.detector import RTDETR, Spec
+    from rtdetr_kd.model.sizes import SIZES
 
     with torch.device("meta"):
         return f"{sum(p.numel() for p in RTDETR(Spec(['a'] * 80, **SIZES[size])).parameters()) / 1e6:.1f}"
 
 
 def sizes_table():
-    from rtdetr_kd.model.detector import SIZES
+    from rtdetr_kd.model.sizes import SIZES
 
     lines = ["| size | parameters, million | pixels | queries |", "|---|---|---|---|"]
     return "\n".join(

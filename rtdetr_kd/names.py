@@ -106,11 +106,11 @@ def stand_for(
 PUBLIC = {  # rtdetr_kd.<room>: {module: names}
     "data": dict(report="check Report", dataset="load_data loader Images", split="Split", coco="read_coco",
                  augment="augmentation", toy="toy_folder write_split", images="open_image", download="coco_part"),
-    "model": dict(detector="RTDETR Spec Output Signals Detections SIZES", folding="fuse",
+    "model": dict(detector="RTDETR Spec Output Signals Detections", sizes="SIZES", folding="fuse",
                   weights="load_model save_model", foreign_weights="save_huggingface",
                   losses="detection_losses", evaluate="coco_ap predict"),
     "distill": dict(teacher="Teacher Method", mixtures="METHODS make_method"),
-    "train": dict(config="Config configure", run="train", memory="which_batch"),
+    "train": dict(config="Config configure", run="train", memory="predict_memory which_batch"),
     "study": dict(runner="ablation"),
     "deploy": dict(export="open_model write_onnx write_openvino", tensorrt="build_engine", quantize="write_int8"),
     "serve": dict(app="create_app", batching="Limits"),

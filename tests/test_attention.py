@@ -18,7 +18,8 @@ def papermill(*words, **env):
 def test_any_pair_of_decoders_can_be_compared(ours, theirs, tiny):
     from rtdetr_kd.study.attention_study import agreement
     from rtdetr_kd.data.dataset import load_data
-    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+    from rtdetr_kd.model.detector import RTDETR, Spec
+    from rtdetr_kd.model.sizes import SIZES
     val = load_data(str(tiny))["val"]
     torch.manual_seed(0)
     small = {**SIZES["toy"], "image_size": 64}
@@ -62,7 +63,8 @@ def test_weights_of_another_run_are_refused(tmp_path):
 def test_the_notebook_as_it_is_typed(tmp_path):
     "A dense student, untrained, beside the shipped teacher"
     from rtdetr_kd.data.dataset import load_data
-    from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+    from rtdetr_kd.model.detector import RTDETR, Spec
+    from rtdetr_kd.model.sizes import SIZES
     from rtdetr_kd.model.weights import save_model
     torch.manual_seed(0)
     save_model(RTDETR(Spec(load_data("toy")["val"].names, **SIZES["toy"], attention="dense")), tmp_path / "dense.safetensors")

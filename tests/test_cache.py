@@ -12,7 +12,8 @@ from rtdetr_kd.distill.cache import alike, arrays, cached_answers, gaps
 from rtdetr_kd.distill.mixtures import make_method
 from rtdetr_kd.distill.teacher import Teacher, surest
 from rtdetr_kd.model import decoder
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import load_model
 
 

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 from rtdetr_kd.files import Stop
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.data.dataset import loader
-from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.step import Learner
 from rtdetr_kd.train.run import train
-from rtdetr_kd.model.detector import SIZES
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.train.parallel import gathered
 
 CASES = {  # settings of one process, of two; images whose noisy queries would differ have none

@@ -7,7 +7,8 @@ import torch
 from rtdetr_kd.model.decoder import anchors, logit
 from rtdetr_kd.model.losses import detection_losses, layer_losses
 from rtdetr_kd.model.losses import costs, match
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import load_model, save_model
 
 EMPTY = dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))

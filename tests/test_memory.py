@@ -9,7 +9,8 @@ from rtdetr_kd.train.config import FREE, configure
 from rtdetr_kd.distill.teacher import Teacher
 from rtdetr_kd.model.losses import detection_losses
 from rtdetr_kd.train.memory import ALLOWANCE, itemised, predict, rehearsal, which_batch
-from rtdetr_kd.model.detector import RTDETR, SIZES, STAGES, Spec
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.sizes import SIZES, STAGES
 
 NAMES = "zero one two".split()
 SMALL = configure(data="coco", size="toy", teacher="random:toy", method="query", image_size=64, batch=2, precision="float16", kd_points=30)

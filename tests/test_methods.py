@@ -6,9 +6,10 @@ import torch
 
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.distill.mixtures import METHODS
-from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.step import Learner
 from rtdetr_kd.train.run import train
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import read_file, save_model, weights_mark
 
 NAMES = "zero one two three four five six seven eight nine".split()

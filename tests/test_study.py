@@ -183,7 +183,7 @@ def test_ray_goes_on_when_a_worker_is_killed(stub, tmp_path, monkeypatch):
 def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
     import torch
     from rtdetr_kd.distill.cache import arrays, gaps, tied
-    from rtdetr_kd.train.run import Learner
+    from rtdetr_kd.train.step import Learner
     kw = dict(data=str(tiny), size="toy", image_size=64, batch=4, teacher=str(ROOT / "weights/toy_teacher.safetensors"), kd_points=10, workers=0, runs=str(tmp_path), method="query", lam="1")
     plain, shuffled = Learner(configure(**kw)), Learner(configure(**kw, shuffle_teacher=True))
     images, targets = plain.moved(*plain.fixed_batches(1)[0])

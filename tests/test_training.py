@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rtdetr_kd.train.config import configure
-from rtdetr_kd.train.epoch import Learner
+from rtdetr_kd.train.step import Learner
 from rtdetr_kd.train.run import train
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec, top_detections
+from rtdetr_kd.model.detector import RTDETR, Spec, top_detections
+from rtdetr_kd.model.sizes import SIZES
 
 
 def config(tiny, tmp_path, **kw):

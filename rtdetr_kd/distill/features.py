@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .teacher import Method, foreground, layer_pairs
-from .logits import partners
+from .logits import match_queries, partners
 from ..model.detector import RTDETR, Output
 
 # %% ../../nbs/distill/02_features.ipynb #e064bb1b
@@ -105,10 +105,11 @@ def attention_loss(
     pairs: list,  # of layers: student's, teacher's
     grid: int = 20,  # cells a side of the maps
     same_classes: bool = True,  # whether scores may be compared by column
+    match=match_queries,  # who finds the pairs
 ) -> Tensor:  # scalar
     "Distance of attention maps over paired queries, weighted by the teacher's confidence"
     s, t = student.signals, teacher.signals
-    i, q, r = partners(s, t, same_classes)
+    i, q, r = partners(s, t, same_classes, match)
     w = foreground(t.logits[-1])[i, r]  # (k,)
     look = lambda v, layer, row: (v.sampling_points[layer][i, row], v.sampling_weights[layer][i, row])
     d = [attention_map_distance(look(s, a, q), look(t, b, r), grid) for a, b in pairs]  # (k,) each
@@ -136,12 +137,13 @@ class FeatureKD(Method):
         feature: float = 1.,  # weight of the maps
         attention: float = .5,  # weight of the attention term, 0 leaves it out
         grid: int = 20,  # cells a side of an attention map
+        match=match_queries,  # who finds the pairs
     ):
         super().__init__()
         self.adapters, self.looks = adapters(student, teacher), attention > 0
         self.pairs = layer_pairs(student.spec.layers, teacher.spec.layers)
         self.same_classes = student.spec.names == teacher.spec.names
-        self.feature, self.attention, self.grid = feature, attention, grid
+        self.feature, self.attention, self.grid, self.match = feature, attention, grid, match
 
     def forward(self,
         student: Output,  # with signals
@@ -153,7 +155,7 @@ class FeatureKD(Method):
         apart = [F.mse_loss(s, t) for s, t in adapted(student, teacher, self.adapters)]
         terms = dict(kd_feature=self.feature * torch.stack(apart).mean())
         if self.looks:
-            d = attention_loss(student, teacher, self.pairs, self.grid, self.same_classes)
+            d = attention_loss(student, teacher, self.pairs, self.grid, self.same_classes, self.match)
             terms["kd_attention_map"] = self.attention * d
         return terms
 

@@ -62,10 +62,11 @@ def partners(
     s: Signals,  # the student's
     t: Signals,  # the teacher's
     same_classes: bool = True,  # whether scores may be compared by column
+    match=match_queries,  # who finds the pairs
 ) -> tuple:  # image, student's query, teacher's query: three index tensors (b*min(qs,qt),)
     "Queries whose last layers predict alike"
     said = lambda v: v.logits[-1] if same_classes else v.logits[-1].amax(-1, keepdim=True)
-    return match_queries(said(s), s.boxes[-1], said(t), t.boxes[-1])
+    return match(said(s), s.boxes[-1], said(t), t.boxes[-1])
 
 # %% ../../nbs/distill/01_logits.ipynb #c0847cc8
 def softmax_kl(
@@ -86,9 +87,10 @@ class LogitKD(Method):
         teacher: RTDETR,  # not used
         T: float = 2.,  # temperature
         mode: str = "binary",  # or softmax
+        match=match_queries,  # who finds the pairs
     ):
         super().__init__()
-        self.T, self.kl = T, dict(binary=binary_kl, softmax=softmax_kl)[mode]
+        self.T, self.kl, self.match = T, dict(binary=binary_kl, softmax=softmax_kl)[mode], match
 
     def forward(self,
         student: Output,  # with signals
@@ -98,7 +100,7 @@ class LogitKD(Method):
     ) -> dict:
         "One term, `kd_logit`"
         t = teacher.signals
-        i, q, r = match_queries(student.logits, student.boxes, t.logits[-1], t.boxes[-1])
+        i, q, r = self.match(student.logits, student.boxes, t.logits[-1], t.boxes[-1])
         w = foreground(t.logits[-1])[i, r]  # (k,)
         kl = self.kl(student.logits[i, q], t.logits[-1][i, r], self.T).sum(-1)
         return dict(kd_logit=(w * kl).sum() / w.sum().clamp(min=1))

@@ -8,6 +8,7 @@ __all__ = ['PAIRINGS', 'LOOKS', 'by_index', 'by_hungarian', 'beside', 'by_questi
 
 # %% ../../nbs/distill/03_queries.ipynb #3894c8c8
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..data.boxes import giou, to_xyxy
 from .teacher import PER_LAYER, Method, foreground, layer_pairs, take
 from .features import attention_map_distance, attention_map_kl
-from .logits import partners
+from .logits import match_queries, partners
 from ..model.detector import RTDETR, Output, Signals
 
 # %% ../../nbs/distill/03_queries.ipynb #0963255c
@@ -37,10 +38,11 @@ def by_hungarian(
     student: Output,  # with signals
     teacher: Output,  # with signals
     same_classes: bool = True,  # whether scores may be compared by column
+    match=match_queries,  # who finds the pairs
 ) -> tuple:  # Signals, Signals
     "Queries that predict alike"
     s, t = student.signals, teacher.signals
-    _, q, r = partners(s, t, same_classes)
+    _, q, r = partners(s, t, same_classes, match)
     b = s.logits.shape[1]
     return take(s, q.view(b, -1)), take(t, r.view(b, -1))
 
@@ -130,9 +132,11 @@ class QueryKD(Method):
         attention: float = .5,  # weight of the attention term, 0 leaves it out
         attention_loss: str = "moments",  # or cosine, kl
         embedding: float = 1.,  # weight of the embedding term
+        match=match_queries,  # who finds pairs, where they are looked for
     ):
         super().__init__()
-        self.pair, self.asks = PAIRINGS[alignment], alignment == "shared"
+        pair, self.asks = PAIRINGS[alignment], alignment == "shared"
+        self.pair = partial(pair, match=match) if alignment == "hungarian" else pair
         self.own, self.lots = points != "random", 0 if points == "teacher" else lots
         self.whole, self.looks = alignment == "index", attention > 0
         self.same_classes = student.spec.names == teacher.spec.names

@@ -100,7 +100,8 @@ def lean(
 ):  # what m(*args) gives
     "Run `m`; where its attribute `recompute` is set, its inside is not kept but computed again in the backward pass"
     if not (getattr(m, "recompute", False) and torch.is_grad_enabled()): return m(*args)
-    return checkpoint(m, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), statistics_kept(m)))
+    around = getattr(m, "again", statistics_kept)  # of the second time
+    return checkpoint(m, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), around(m)))
 
 # %% ../../nbs/model/00_backbone.ipynb #93385d2d
 class Stage(nn.Module):

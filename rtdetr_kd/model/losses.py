@@ -126,6 +126,7 @@ def detection_losses(
     out: Output,  # of a forward pass with targets
     targets: list,  # dicts of labels (n,) and boxes (n,4)
     boxes_in_batch: float | None = None,  # over all processes and micro-batches; counted here if absent
+    match=match,  # who finds the pairs
 ) -> dict:  # name -> weighted loss: vfl, l1, giou of the last layer, and with _aux0.., _enc, _dn0..
     "RT-DETR's training loss, term by term; the total is their sum"
     labels, true = torch.cat([t["labels"] for t in targets]), torch.cat([t["boxes"] for t in targets])
