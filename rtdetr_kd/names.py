@@ -34,7 +34,7 @@ def absolute(
 
 # %% ../nbs/names.ipynb #ce65b578
 def named(
-    node: ast.AST,
+    node: ast.AST,  # any part of a module
     module: str,  # that holds it
 ) -> list:  # full names, also of what is no module
     "What one piece of code may import"
@@ -61,7 +61,8 @@ def doors(
 ) -> dict:  # (module, module that it imports): (room, room)
     "Every import between two modules of the house"
     known, room = modules(package), lambda m: m.split(".")[0]
-    return {(a, b): (room(a), room(b)) for a, p in known.items() for b in sorted(imports_of(p.read_text(encoding="utf-8"), a, known))}
+    reached = {a: sorted(imports_of(p.read_text(encoding="utf-8"), a, known)) for a, p in known.items()}
+    return {(a, b): (room(a), room(b)) for a, bs in reached.items() for b in bs}
 
 # %% ../nbs/names.ipynb #525f0e6f
 SHORT = {  # rtdetr_kd.<short name>: rtdetr_kd.<where the code lives>, and further modules whose names it offers too
