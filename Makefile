@@ -3,11 +3,13 @@ PY ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
-.PHONY: serve train test teacher results docs ablation paper clean clean-notebooks help reproduce
+.PHONY: serve train test test-processors test-lowest teacher results docs ablation paper clean clean-notebooks help reproduce
 
 help:
 	@echo "make train    set up, then distil the toy student from the shipped teacher (papermill nbs/train.ipynb -p method query)"
 	@echo "make test     set up, then run every test"
+	@echo "make test-processors   what depends on numbers, with the kernels of other processors, one and two threads: a table (SETTINGS='OMP_NUM_THREADS=2' PARTS='nbs/distill tests/test_cache.py': those alone)"
+	@echo "make test-lowest   every test with the lowest versions that pyproject.toml declares (PY=python3.10)"
 	@echo "make teacher  train the embedded teacher again (about an hour on 2 cores)"
 	@echo "make results  the study from nothing: make ablation, the strengths, the shipped student; then the tables and pictures that are written from them"
 	@echo "make serve    the toy student on http://localhost:8000 (make serve ARGS='--weights model.onnx --port 80')"
@@ -29,6 +31,18 @@ train: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	bash tests/all.sh $(BIN)
+
+test-processors: $(VENV)/.ready
+	bash tests/processors.sh $(BIN) $(SETTINGS)
+
+$(VENV)/.lowest: pyproject.toml
+	test -x $(VENV)/lowest/bin/python || $(PY) -m venv $(VENV)/lowest
+	$(VENV)/lowest/bin/python -m pip install -q uv
+	$(VENV)/lowest/bin/uv pip install -q --python $(VENV)/lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+test-lowest: $(VENV)/.lowest
+	bash tests/all.sh $(VENV)/lowest/bin
 
 teacher: $(VENV)/.ready
 	$(BIN)/papermill nbs/train.ipynb -p size toy_teacher -p epochs 20 -p lr 1e-3 -p precision bfloat16 -p zoom_out 0.2 -p iou_crop 0.3 -p name toy_teacher
