@@ -25,7 +25,7 @@ import io, sys
 import numpy as np, uvicorn
 from fastapi import FastAPI, UploadFile
 from PIL import Image
-from rtdetr_kd.deploy.export import open_model
+from rtdetr_kd.deploy.open import open_model
 app, runner = FastAPI(), open_model(sys.argv[1])  # with the runtime's own number of threads
 @app.get("/readyz")
 def ready(): return 1
@@ -169,7 +169,7 @@ def main():
     a = p.parse_args()
     sys.path.insert(0, str(ROOT))
     from rtdetr_kd.serve.apart import open_served
-    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.open import open_model
     cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
     runner = open_model(a.weights, threads=cores)
     ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *a.options.split()])

@@ -189,7 +189,7 @@ def test_no_page_is_wider_than_its_window(site, tmp_path):
                 "guides/which_method",
                 "guides/troubleshooting",
                 "distill/03_queries",
-                "deploy/08_latency",
+                "deploy/10_latency",
                 "api/train.run",
                 "search",
             ):

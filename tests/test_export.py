@@ -1,11 +1,12 @@
 "Exported files, as strangers open them; the notebook that exports, as people run it"
-import json, os, re, subprocess, sys
+import importlib.util, re, subprocess, sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytest.importorskip("onnxruntime"); pytest.importorskip("openvino")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("openvino")
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT = ROOT / "weights/toy_student.safetensors"
 
@@ -19,101 +20,151 @@ def files(tmp_path_factory):
     return dict(onnx=onnx, xml=write_openvino(onnx, to / "toy.xml"), folder=to)
 
 
+def twelve():
+    "A dozen images of the split that chooses"
+    from rtdetr_kd.data.dataset import load_data
+    from rtdetr_kd.data.split import part
+    return part(load_data("toy")["select"], range(12))
+
+
 @pytest.fixture(scope="module")
 def recipe(files):
-    from rtdetr_kd.data.split import part
-    from rtdetr_kd.data.dataset import load_data
     from rtdetr_kd.deploy.calibrate import calibrate
-    return calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12)
+    return calibrate(files["onnx"], twelve(), 12)
 
 
-def pictures(n, side=128):
+def scenes(n, side=128):
     from rtdetr_kd.data.toy import scene
     return np.stack([scene("val", k, side)[0] for k in range(n)])
 
 
-def test_ten_lines_of_onnxruntime(files):
-    "The docs' ten lines, run in a process that cannot import this project, find what `detect` finds"
+def ten_lines() -> str:
+    "The docs' program that needs nothing but onnxruntime"
     import nbformat
+    cells = nbformat.read(ROOT / "nbs/deploy/02_export.ipynb", 4).cells
+    return next(c.source for c in cells if c.cell_type == "code" and "onnxruntime.InferenceSession(folder" in c.source)
+
+
+def test_ten_lines_of_onnxruntime(files):
+    "Run in a process that cannot import this project, they find what `detect` finds"
     from rtdetr_kd.model.weights import load_model
-    cell = next(c.source for c in nbformat.read(ROOT / "nbs/deploy/01_export.ipynb", 4).cells if c.cell_type == "code" and "onnxruntime.InferenceSession(folder" in c.source)
-    assert len(cell.strip().splitlines()) <= 15
-    code = f"from pathlib import Path\nfolder = Path({str(files['folder'])!r})\nroot = lambda: Path({str(ROOT)!r})\n{cell}"
-    r = subprocess.run([sys.executable, "-I", "-c", code + "\nimport sys; assert 'torch' not in sys.modules and 'rtdetr_kd' not in sys.modules"], text=True, capture_output=True)
+    assert len(ten_lines().strip().splitlines()) <= 15
+    before = f"from pathlib import Path\nfolder = Path({str(files['folder'])!r})\nroot = lambda: Path({str(ROOT)!r})\n"
+    after = "\nimport sys; assert 'torch' not in sys.modules and 'rtdetr_kd' not in sys.modules"
+    r = subprocess.run([sys.executable, "-I", "-c", before + ten_lines() + after], text=True, capture_output=True)
     assert r.returncode == 0, r.stderr
     found = load_model(STUDENT).detect(ROOT / "figures/scene.jpg")
     said = [re.fullmatch(r"(\w+) (\d\.\d\d) at \[(.*)\]", l).groups() for l in r.stdout.strip().splitlines()]
     assert sorted(n for n, *_ in said) == sorted(found.names)
     for (_, s, b), p, box in zip(said, found.scores, found.boxes):
-        assert abs(float(s) - p) < .05 and np.abs(np.array(b.split(), float) - box).max() < 4
+        assert abs(float(s) - p) < .05
+        assert np.abs(np.array(b.split(), float) - box).max() < 4
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_any_batch_in_every_runtime(files, n):
-    from rtdetr_kd.deploy.export import open_model
-    from rtdetr_kd.deploy.verify import compare
-    want = [v[:n] for v in open_model(STUDENT, threads=1)(pictures(5))]
+    from rtdetr_kd.deploy.open import open_model
+    from rtdetr_kd.deploy.verify import compare_detections
+    want = [v[:n] for v in open_model(STUDENT, threads=1)(scenes(5))]
     for f in (files["onnx"], files["xml"]):
-        r = compare(tuple(want), open_model(f)(pictures(n)))
+        r = compare_detections(tuple(want), open_model(f)(scenes(n)))
         assert r["lost"] == 0 and r["score"] < 1e-3 and r["iou"] > .99, (f, r)
 
 
 def test_what_the_file_says(files):
-    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.open import open_model
     from rtdetr_kd.model.weights import load_model, weights_mark
     m = load_model(STUDENT)
     for f in (files["onnx"], files["xml"]):
         r = open_model(f)
-        assert (r.names, r.category_ids, r.size, r.about["weights"]) == (m.spec.names, m.spec.category_ids, 128, weights_mark(m))
+        said = (r.names, r.category_ids, r.size, r.about["weights"])
+        assert said == (m.spec.names, m.spec.category_ids, 128, weights_mark(m))
     assert not re.search(rb"/(root|home|work|tmp)/\w", files["onnx"].read_bytes()), "a path of one machine in the file"
 
 
-def test_damaged_and_foreign_files(files, tmp_path):
+def test_the_shipped_file_is_the_export(files):
+    "weights/toy_student.onnx: the same nodes in the same order, the same numbers"
     import onnx
-    from rtdetr_kd.deploy.export import open_model, write_openvino
+    new, shipped = onnx.load(files["onnx"]), onnx.load(ROOT / "weights/toy_student.onnx")
+    assert [n.op_type for n in new.graph.node] == [n.op_type for n in shipped.graph.node]
+    assert [n.name for n in new.graph.node] == [n.name for n in shipped.graph.node]
+    sizes = lambda m: {i.name: tuple(i.dims) for i in m.graph.initializer}
+    assert sizes(new) == sizes(shipped)
+
+
+FAULTS = {
+    "foreign.onnx": "was not written by rtdetr_kd",
+    "cut.onnx": "copy or export it again",
+    "empty.onnx": "export",
+    "alone.xml": "alone.bin: there is no such model file",
+    "none.onnx": "no such model file",
+    "none.engine": "no such model file",
+    "model.h5": "a model file ends in",
+}
+
+
+@pytest.fixture
+def damaged(files, tmp_path):
+    "A folder of files with a fault each"
+    import onnx
     whole = files["onnx"].read_bytes()
-    m = onnx.load(files["onnx"]); del m.metadata_props[:]; onnx.save(m, tmp_path / "foreign.onnx")
-    (tmp_path / "cut.onnx").write_bytes(whole[:len(whole) // 2]); (tmp_path / "empty.onnx").write_bytes(b"")
+    m = onnx.load(files["onnx"])
+    del m.metadata_props[:]
+    onnx.save(m, tmp_path / "foreign.onnx")
+    (tmp_path / "cut.onnx").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.onnx").write_bytes(b"")
     (tmp_path / "alone.xml").write_text(files["xml"].read_text())
-    for name, says in {"foreign.onnx": "was not written by rtdetr_kd", "cut.onnx": "copy or export it again", "empty.onnx": "export", "alone.xml": "alone.bin: there is no such model file",
-                       "none.onnx": "no such model file", "model.h5": "a model file ends in"}.items():
-        with pytest.raises((ValueError, FileNotFoundError)) as e: open_model(tmp_path / name)
-        assert says in str(e.value) and "\n" not in str(e.value)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name, says", FAULTS.items())
+def test_damaged_and_foreign_files(damaged, name, says):
+    from rtdetr_kd.deploy.open import open_model
+    with pytest.raises((ValueError, FileNotFoundError)) as e: open_model(damaged / name)
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("wrong", [(1, 3, 128, 128), (1, 64, 64, 3), (0, 128, 128, 3), (128, 128, 3)])
 def test_a_wrong_input_size(files, wrong):
-    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.open import open_model
     for f in (files["onnx"], files["xml"]):
         with pytest.raises(ValueError, match=r"\(b,128,128,3\)"): open_model(f)(np.zeros(wrong, np.uint8))
 
 
 def test_calibration_sees_what_inference_sees(files):
-    "E10: the arrays of the calibration are those of the evaluation"
-    from rtdetr_kd.data import dataset as data
-    from rtdetr_kd.deploy import calibrate, verify
+    "The arrays of the calibration are those of the evaluation"
+    from rtdetr_kd.data import dataset
+    from rtdetr_kd.deploy import calibrate, runner, verify
     from rtdetr_kd.model import evaluate
-    assert calibrate.Images is verify.Images is evaluate.Images is data.Images
+    assert runner.Images is verify.Images is evaluate.Images is dataset.Images
+    assert calibrate.pictures is verify.pictures is runner.pictures
 
 
 def test_entropy_is_not_minmax(files, recipe):
-    from rtdetr_kd.data.split import part
-    from rtdetr_kd.data.dataset import load_data
     from rtdetr_kd.deploy.calibrate import calibrate
-    plain = calibrate(files["onnx"], part(load_data("toy")["select"], range(12)), 12, "minmax")
+    plain = calibrate(files["onnx"], twelve(), 12, "minmax")
     width = lambda r: np.array([hi - lo for lo, hi in r["ranges"].values()])
     assert (width(recipe) < .99 * width(plain)).mean() > .2  # with the defaults of ONNX Runtime: 0
 
 
 @pytest.mark.parametrize("target, name", [("onnxruntime", "a.onnx"), ("openvino", "b.xml"), ("tensorrt", "c.onnx")])
 def test_int8_finds_the_same_objects(files, recipe, target, name):
-    from rtdetr_kd.deploy.export import open_model
-    from rtdetr_kd.deploy.verify import compare
+    from rtdetr_kd.deploy.open import open_model
     from rtdetr_kd.deploy.quantize import tensorrt_takes, write_int8
+    from rtdetr_kd.deploy.verify import compare_detections
     f = write_int8(files["onnx"], files["folder"] / name, recipe, target)
-    r = compare(open_model(files["onnx"])(pictures(8)), open_model(f)(pictures(8)), .5)
-    assert r["lost"] <= 1 and r["matched"] > 10
-    assert (tensorrt_takes(f) == []) if target == "tensorrt" else True
+    r = compare_detections(open_model(files["onnx"])(scenes(8)), open_model(f)(scenes(8)), .5)
+    assert r["lost"] <= 1
+    assert r["matched"] > 10
+    if target == "tensorrt": assert tensorrt_takes(f) == []
+
+
+def reads_integers(graph) -> list:
+    "Convolutions and products whose weights come out of a Dequantize node"
+    made = {o: n.op_type for n in graph.node for o in n.output}
+    products = [n for n in graph.node if n.op_type in ("Conv", "MatMul") and len(n.input) > 1]
+    return [n for n in products if made.get(n.input[1]) == "DequantizeLinear"]
 
 
 def test_what_stays_in_float(files, recipe):
@@ -122,42 +173,52 @@ def test_what_stays_in_float(files, recipe):
     from rtdetr_kd.deploy.calibrate import DEFAULT, PARTS
     from rtdetr_kd.deploy.quantize import write_int8
     m = onnx.load(write_int8(files["onnx"], files["folder"] / "d.onnx", recipe, "tensorrt"))
-    made = {o: n for n in m.graph.node for o in n.output}
-    integer = [n for n in m.graph.node if n.op_type in ("Conv", "MatMul") and len(n.input) > 1 and made.get(n.input[1]) is not None and made[n.input[1]].op_type == "DequantizeLinear"]
-    assert len(integer) > 30 and all(n.op_type == "Conv" and n.name.startswith(tuple(s for p in DEFAULT for s in PARTS[p])) for n in integer)
-    floats = {"Softmax", "LayerNormalization", "TopK", "GridSample", "Log"}
+    integer, starts = reads_integers(m.graph), tuple(s for p in DEFAULT for s in PARTS[p])
+    assert len(integer) > 30
+    for n in integer: assert n.op_type == "Conv" and n.name.startswith(starts), n.name
     for n in m.graph.node:
-        if n.op_type in floats: assert not any(i.endswith(".dq") for i in n.input), n.name
+        if n.op_type in {"Softmax", "LayerNormalization", "TopK", "GridSample", "Log"}:
+            assert not any(i.endswith(".dq") for i in n.input), n.name
 
 
 def test_tensorrt_calls_exist_in_nvidias_interface():
     "mypy against the stubs of 10.13"
     pytest.importorskip("mypy")
-    import importlib.util
     if importlib.util.find_spec("tensorrt") is None: pytest.skip("tensorrt-stubs are not installed")
-    r = subprocess.run([sys.executable, "-m", "mypy", "--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs", str(ROOT / "rtdetr_kd/deploy/tensorrt.py"), str(ROOT / "rtdetr_kd/engine.py")],
-                       text=True, capture_output=True, cwd=ROOT)
-    wrong = [l for l in r.stdout.splitlines() if "attr-defined" in l or "call-arg" in l or "arg-type" in l]
+    options = ["--ignore-missing-imports", "--follow-imports=silent", "--no-error-summary", "--check-untyped-defs"]
+    modules = [str(ROOT / f"rtdetr_kd/deploy/{name}.py") for name in ("tensorrt", "engine")]
+    r = subprocess.run([sys.executable, "-m", "mypy", *options, *modules], text=True, capture_output=True, cwd=ROOT)
+    wrong = [l for l in r.stdout.splitlines() if any(k in l for k in ("attr-defined", "call-arg", "arg-type"))]
     assert not wrong, "\n".join(wrong)
 
 
 def papermill(*words):
     exe = Path(sys.executable).with_name("papermill")
-    return subprocess.run([exe, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=500, stdin=subprocess.DEVNULL)
+    return subprocess.run([exe, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=500,
+                          stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("words, says", [("-p precison int8", "did you mean 'precision'"), ("-p target tflite", "onnxruntime, openvino, tensorrt"), ("-p calibration_images 0", "at least 1"),
-                                         ("-p weights no/such.safetensors", "no such weights file"), ("-p parts head", "must be one of backbone, fusion")])
+@pytest.mark.parametrize("words, says", [
+    ("-p precison int8", "did you mean 'precision'"),
+    ("-p target tflite", "onnxruntime, openvino, tensorrt"),
+    ("-p calibration_images 0", "at least 1"),
+    ("-p max_loss much", "must be a number"),
+    ("-p weights no/such.safetensors", "no such weights file"),
+    ("-p parts head", "must be one of backbone, fusion"),
+])
 def test_faults_stop_with_one_sentence(tmp_path, words, says):
     r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words.split(), "-p", "out", tmp_path / "x.onnx")
-    assert r.returncode != 0 and says in r.stderr
+    assert r.returncode != 0
+    assert says in r.stderr
     assert "Traceback" not in r.stderr.split("PapermillExecutionError")[-1]
     assert not (tmp_path / "x.onnx").exists()
 
 
 def test_the_command(tmp_path, tiny):
     "INT8 for OpenVINO from the command line, checked and evaluated"
-    from rtdetr_kd.deploy.export import open_model
-    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", "-p", "data", tiny, "-p", "target", "openvino", "-p", "precision", "int8", "-p", "max_loss", .2, "-p", "evaluate", "true", "-p", "out", tmp_path / "x.xml")
+    from rtdetr_kd.deploy.open import open_model
+    words = ["-p", "data", tiny, "-p", "target", "openvino", "-p", "precision", "int8", "-p", "max_loss", .2,
+             "-p", "evaluate", "true", "-p", "out", tmp_path / "x.xml"]
+    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words)
     assert r.returncode == 0, r.stderr[-2000:]
     assert open_model(tmp_path / "x.xml").precision.startswith("int8")

@@ -104,7 +104,7 @@ def test_the_same_as_detect(server, tmp_path, name, data):
 
 def test_the_embedded_student():
     "What is served without --weights is the shipped student"
-    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.open import open_model
     assert open_model(ONNX, threads=1).about["weights"] == open_model(TOY, threads=1).about["weights"], \
         "weights/toy_student.onnx is not the export of weights/toy_student.safetensors: write_onnx(load_model(...), ...), as in the Makefile's results"
 
@@ -335,7 +335,7 @@ MOODY = '''
 "A server of a model with moods: the first pixel's red says which"
 import sys, time
 import numpy as np, uvicorn
-from rtdetr_kd.deploy.export import Runner
+from rtdetr_kd.deploy.runner import Runner
 from rtdetr_kd.serve.batching import Limits
 from rtdetr_kd.serve.app import create_app
 def call(f):
@@ -397,7 +397,7 @@ def test_busy(moody):
 def test_alive_before_it_is_ready():
     "While the model warms up, the process answers, and says that it is not ready; a time limit is kept; then SIGTERM's way out"
     from fastapi.testclient import TestClient
-    from rtdetr_kd.deploy.export import Runner
+    from rtdetr_kd.deploy.runner import Runner
     from rtdetr_kd.serve.batching import Limits
     from rtdetr_kd.serve.app import create_app
     go, about = threading.Event(), dict(names=["a", "b"], category_ids=[1, 2], size=16, weights="w", precision="fp32", post="fractions")

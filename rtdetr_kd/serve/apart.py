@@ -9,7 +9,8 @@ __all__ = ['serve_calls', 'child', 'Child', 'Copies', 'open_apart', 'open_served
 import os, pickle, queue, signal, subprocess, sys, threading
 from pathlib import Path
 
-from ..deploy.export import Runner, open_model
+from ..deploy.open import open_model
+from ..deploy.runner import Runner
 
 # %% ../../nbs/serve/02_apart.ipynb #d221b555
 def serve_calls(into, out):

@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 
 from .apart import open_served
 from .batching import CORES, Asked, Limits, Refused, Service, log, look, warm
-from ..deploy.export import Runner
+from ..deploy.runner import Runner
 from .page import ALLOW, PAGE
 
 # %% ../../nbs/serve/03_app.ipynb #f5605237

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..deploy.export import Runner
+from ..deploy.runner import Runner
 from ..data.images import as_tensor, open_header, orientation, pixels_of, to_square
 
 # %% ../../nbs/serve/00_batching.ipynb #ac16d1d9
