@@ -19,8 +19,10 @@ from rtdetr_kd.deploy.export import write_onnx, write_openvino
 from rtdetr_kd.deploy.latency import draw_published, latency_rows, markdown_of, measure_files, race, write_table
 from rtdetr_kd.deploy.quantize import ap_gate, sensitivity, write_int8
 from rtdetr_kd.files import machine, root, write_json
-from rtdetr_kd.model.detector import RTDETR, SIZES, Spec
-from rtdetr_kd.model.weights import COCO_NAMES, load_model, save_huggingface
+from rtdetr_kd.model.detector import RTDETR, Spec
+from rtdetr_kd.model.foreign_weights import COCO_NAMES, save_huggingface
+from rtdetr_kd.model.sizes import SIZES
+from rtdetr_kd.model.weights import load_model
 
 PUBLISHED = root() / "runs" / "published" / "latency"
 PAIRS = dict(  # name of a ratio -> (the slower, the faster)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..data.split import Split
 from .calibrate import DEFAULT, RANGE_METHODS, PARTS, calibrate, quantisable, users_of
 from .export import write_openvino
-from .runner import onnx_texts, open_file, pictures, there
+from .runner import onnx_texts, open_file, there
 from .verify import runner_ap
 from ..files import write_whole
 

@@ -161,7 +161,8 @@ def onnx_session(
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=[provider_of(device)])
+    model = model if isinstance(model, bytes) else str(model)
+    return ort.InferenceSession(model, options, providers=[provider_of(device)])
 
 # %% ../../nbs/deploy/01_runner.ipynb #5dce41e8
 def open_onnx(
@@ -180,7 +181,8 @@ def open_onnx(
     about = read_about(s.get_modelmeta().custom_metadata_map, path)
     outs, first = [o.name for o in s.get_outputs()], s.get_inputs()[0].shape[0]
     batch = first if isinstance(first, int) else 0
-    return Runner(lambda f: dict(zip(outs, s.run(outs, f))), about, f"onnxruntime-{device}", about["precision"], batch, path)
+    call = lambda f: dict(zip(outs, s.run(outs, f)))
+    return Runner(call, about, f"onnxruntime-{device}", about["precision"], batch, path)
 
 # %% ../../nbs/deploy/01_runner.ipynb #2c8072ca
 def rest_precision(
