@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COCO_NAMES', 'COCO_IDS', 'DERIVED', 'NO_FILE', 'PAGE_NOT_WEIGHTS', 'HAS_CODE', 'NOT_WHOLE', 'NO_WEIGHTS', 'PLACES',
-           'FROM_HF', 'TO_HF', 'NO_RTDETR', 'RELEASES', 'OFFICIAL', 'OFFICIAL_AP', 'NOT_IN_HF', 'read_tensors',
-           'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf', 'to_hf_name', 'to_hf',
-           'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_config', 'read_folder',
-           'hf_config', 'save_huggingface']
+           'FROM_HF', 'TO_HF', 'NO_RTDETR', 'RELEASES', 'OFFICIAL', 'OFFICIAL_AP', 'NOT_ON_HUB', 'NOT_IN_HF',
+           'read_tensors', 'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf',
+           'to_hf_name', 'to_hf', 'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_config',
+           'read_folder', 'hf_config', 'save_huggingface']
 
 # %% ../../nbs/model/06_foreign_weights.ipynb #edbc01f0
 import json, re
@@ -246,6 +246,9 @@ def official_file(
     return fetch(OFFICIAL[size], cache_dir() / "official" / OFFICIAL[size].split("/")[-1])
 
 # %% ../../nbs/model/06_foreign_weights.ipynb #aba0dadc
+NOT_ON_HUB = ("'{name}' is no file here and could not be fetched from the Hugging Face Hub ({kind}): "
+              "check the name and the network, or give the path of a file")
+
 def hub_folder(
     name: str,  # such as PekingU/rtdetr_r18vd
 ) -> Path:  # raises ValueError where it cannot be fetched
@@ -253,8 +256,7 @@ def hub_folder(
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
     except Exception as e:
-        raise ValueError(f"'{name}' is no file here and could not be fetched from the Hugging Face Hub "
-                         f"({type(e).__name__}): check the name and the network, or give the path of a file") from None
+        raise ValueError(NOT_ON_HUB.format(name=name, kind=type(e).__name__)) from None
 
 # %% ../../nbs/model/06_foreign_weights.ipynb #b46408e5
 def read_config(
