@@ -96,10 +96,9 @@ def overfit(
     return model.eval()
 
 # %% ../nbs/props.ipynb #64460af5
-import atexit, shutil, tempfile
+import atexit, shutil
 from functools import cache
 
-from .data.toy import write_split
 from .train.config import Config, configure
 
 # %% ../nbs/props.ipynb #feba447f
@@ -108,8 +107,7 @@ def tiny_folder() -> Path:  # a folder in COCO's format, gone when the process e
     "24 training scenes of 64 pixels, 8 to select by, 8 to test on: nothing can be learned from them, in seconds"
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, True)
-    for split, n in dict(train=24, select=8, val=8).items(): write_split(folder / "tiny", split, n, 64, 0)
-    return folder / "tiny"
+    return tiny_data(folder / "tiny")
 
 # %% ../nbs/props.ipynb #4a03db66
 def short_run(

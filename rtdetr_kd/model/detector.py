@@ -18,7 +18,7 @@ from ..data.images import open_image, to_square
 from .backbone import backbone
 from .decoder import Decoder, decode
 from .encoder import HybridEncoder
-from .sizes import SIZES, STAGES, stages
+from .sizes import STAGES, stages
 
 # %% ../../nbs/model/04_detector.ipynb #01f25397
 @dataclass
