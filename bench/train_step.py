@@ -22,7 +22,7 @@ from torch import nn
 import rtdetr_kd.distill.cache
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.data.dataset import loader
-from rtdetr_kd.train.step import Learner
+from rtdetr_kd.learner import Learner
 from rtdetr_kd.model.sizes import SIZES
 
 rtdetr_kd.distill.cache.verify = lambda *_: None  # an untrained teacher's surest queries are decided by rounding
@@ -96,7 +96,8 @@ class Theirs:
         alike = F.cosine_similarity(self.adapt(of(s.last_hidden_state, mine)), states, dim=-1)
         return score + 5 * mean((of(s.pred_boxes, mine) - boxes).abs().sum(-1)) + mean(1 - alike)
 
-    def one_step(self, images, targets):
+    def one_step(self, parts):
+        (images, targets), = parts
         x = images.float().div(255)
         s = self.student(x, labels=[dict(class_labels=t["labels"], boxes=t["boxes"]) for t in targets])
         loss = s.loss
@@ -123,7 +124,7 @@ def contest(case: dict, rounds: int) -> tuple:  # name: seconds of each round, o
         batches, took, wall = list(loader(ours.images, ours.batches(0))), {k: [] for k in all}, {k: [] for k in all}
         for r in range(rounds + 1):
             for k, v in all.items():
-                start = time.process_time(), time.perf_counter(); v.one_step(*batches[r % len(batches)])
+                start = time.process_time(), time.perf_counter(); v.one_step([batches[r % len(batches)]])
                 took[k].append(time.process_time() - start[0]); wall[k].append(time.perf_counter() - start[1])
             print(f"round {r}: " + "  ".join(f"{k} {v[-1]:.3f} s" for k, v in took.items()), flush=True)
     return {k: v[1:] for k, v in took.items()}, {k: v[1:] for k, v in wall.items()}

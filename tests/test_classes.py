@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rtdetr_kd.train.config import configure
-from rtdetr_kd.train.step import Learner
+from rtdetr_kd.learner import Learner
 from rtdetr_kd.model.detector import RTDETR, Spec
 from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import save_model

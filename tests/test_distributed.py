@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 from rtdetr_kd.files import Stop
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.data.dataset import loader
-from rtdetr_kd.train.step import Learner
-from rtdetr_kd.train.run import train
+from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.train.parallel import gathered
 
@@ -33,10 +32,10 @@ def curve(c, steps: int = 3) -> tuple:
     "Loss terms of the first steps, and the weights after them"
     learner, A, rows = Learner(c), c.accumulate, []
     if learner.cut: assert all(isinstance(p, DTensor) for p in learner.trained.parameters())
-    batches = iter(loader(learner.images, learner.own(learner.batches(0))))
+    batches = iter(loader(learner.images, learner.own_parts(learner.batches(0))))
     for _ in range(steps):
         window = [next(batches) for _ in range(A)]
-        rows.append({k: float(v) for k, v in learner.one_step(*(x for b in window for x in b)).items()})
+        rows.append({k: float(v) for k, v in learner.one_step(window).items()})
     return rows, {k: gathered(v).detach().clone() for k, v in learner.model.named_parameters()}
 
 
@@ -59,10 +58,10 @@ def no_box_here(data, runs) -> dict:
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(learner.rank))
     n = 2 * learner.rank
     targets = [dict(labels=torch.zeros(n, dtype=torch.long), boxes=torch.full((n, 4), .3), row=0) for _ in range(3)]
-    for _ in range(2): terms = learner.one_step(images, targets)
+    for _ in range(2): terms = learner.one_step([(images, targets)])
     mine = torch.cat([p.flatten() for p in learner.model.parameters()])
     other = mine.clone(); torch.distributed.broadcast(other, 0)
-    return dict(loss=float(sum(terms.values())), apart=float((mine - other).abs().max()), boxes=learner.add(3 * n)[0])
+    return dict(loss=float(sum(terms.values())), apart=float((mine - other).abs().max()), boxes=learner.in_sum(3 * n)[0])
 
 
 def one_ap(data, runs) -> dict:

@@ -6,8 +6,7 @@ import torch
 
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.distill.mixtures import METHODS
-from rtdetr_kd.train.step import Learner
-from rtdetr_kd.train.run import train
+from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model.detector import RTDETR, Spec
 from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import read_file, save_model, weights_mark
@@ -64,9 +63,9 @@ def learner(tiny, teachers, tmp_path, pair, **kw):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_steps(tiny, teachers, tmp_path, kind, pair):
     l = learner(tiny, teachers, tmp_path, pair, **KINDS[kind])
-    mark, before = weights_mark(l.teacher.model), {k: v.clone() for k, v in l.trained.named_parameters()}
+    mark, before = weights_mark(l.distillation.teacher.model), {k: v.clone() for k, v in l.trained.named_parameters()}
     images, targets = zip(*(l.images[k] for k in range(2)))
-    for _ in range(2): terms = l.one_step(torch.stack(images), list(targets))
+    for _ in range(2): terms = l.one_step([(torch.stack(images), list(targets))])
     kd = {k: v for k, v in terms.items() if k.startswith("kd_")}
     assert kd and all(v.isfinite() for v in kd.values())
     moved = [k for k, v in l.trained.named_parameters() if not torch.equal(v, before[k])]
@@ -80,10 +79,10 @@ def test_two_steps(tiny, teachers, tmp_path, kind, pair):
         deep = any(n.startswith(("model.encoder", "model.backbone")) for n in moved)
         assert deep or (k == "kd_attention" and kind == "index"), k
         assert any(part in n for n in moved for part in MOVES[k]), (k, moved[:5])
-    assert all(p.grad is None for p in l.teacher.model.parameters())
-    assert weights_mark(l.teacher.model) == mark and not l.teacher.model.training
+    assert all(p.grad is None for p in l.distillation.teacher.model.parameters())
+    assert weights_mark(l.distillation.teacher.model) == mark and not l.distillation.teacher.model.training
     empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 2
-    assert all(v.isfinite() for v in l.one_step(torch.stack(images), empty).values())  # a batch without boxes
+    assert all(v.isfinite() for v in l.one_step([(torch.stack(images), empty)]).values())  # a batch without boxes
 
 
 OTHERS = [dict(size="lite"), dict(size="lite", attention="dense"), dict(size="lite", attention="discrete"),
@@ -95,7 +94,7 @@ def test_other_students(tiny, teachers, tmp_path, settings):
     "Two levels, dense and discrete attention, a timm backbone: each learns from the teacher's questions"
     l = learner(tiny, teachers, tmp_path, "widths_and_layers", method="query", **settings)
     images, targets = zip(*(l.images[k] for k in range(2)))
-    terms = l.one_step(torch.stack(images), list(targets))
+    terms = l.one_step([(torch.stack(images), list(targets))])
     assert all(v.isfinite() for v in terms.values()) and terms["kd_query"] > 0 and terms["kd_attention"] > 0
 
 
@@ -104,7 +103,7 @@ def test_attention_is_captured_only_for_who_compares_it(tiny, teachers, tmp_path
         l = learner(tiny, teachers, tmp_path, "deformable_from_dense", method=method)
         asked = []
         seen = lambda m, a, kw: asked.append(kw["need_weights"])
-        for layer in l.teacher.model.decoder.decoder.layers:
+        for layer in l.distillation.teacher.model.decoder.decoder.layers:
             layer.cross_attn.attn.register_forward_pre_hook(seen, with_kwargs=True)
         l.losses(torch.rand(2, 3, 64, 64), [l.images[k][1] for k in range(2)])
         assert asked == [looks] * 3, method
@@ -113,13 +112,15 @@ def test_attention_is_captured_only_for_who_compares_it(tiny, teachers, tmp_path
 def test_questions_by_lot_change_each_step_and_follow_the_seed(tiny, teachers, tmp_path):
     l = learner(tiny, teachers, tmp_path, "same", method="query", query_points="both")
     images, targets = zip(*(l.images[k] for k in range(2)))
-    seen = []
-    for _ in range(2):
-        l.one_step(torch.stack(images), list(targets))
-        seen.append(l.lots[0])
     again = learner(tiny, teachers, tmp_path, "same", method="query", query_points="both")
-    again.one_step(torch.stack(images), list(targets))
-    assert not torch.equal(*seen) and torch.equal(again.lots[0], seen[0])
+    seen = {l: [], again: []}
+    for one, cells in seen.items():
+        drawn = one.distillation.drawn
+        one.distillation.drawn = lambda images, drawn=drawn, cells=cells: cells.append(drawn(images)) or cells[-1]
+    for one in (l, l, again): one.one_step([(torch.stack(images), list(targets))])
+    first, second = (cells for cells, _ in seen[l])
+    assert not torch.equal(first, second)
+    assert torch.equal(seen[again][0][0], first)
 
 
 def settings(tiny, teachers, tmp_path, **kw):

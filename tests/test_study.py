@@ -183,11 +183,11 @@ def test_ray_goes_on_when_a_worker_is_killed(stub, tmp_path, monkeypatch):
 def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
     import torch
     from rtdetr_kd.distill.cache import arrays, gaps, tied
-    from rtdetr_kd.train.step import Learner
+    from rtdetr_kd.learner import Learner
     kw = dict(data=str(tiny), size="toy", image_size=64, batch=4, teacher=str(ROOT / "weights/toy_teacher.safetensors"), kd_points=10, workers=0, runs=str(tmp_path), method="query", lam="1")
     plain, shuffled = Learner(configure(**kw)), Learner(configure(**kw, shuffle_teacher=True))
-    images, targets = plain.moved(*plain.fixed_batches(1)[0])
-    with torch.no_grad(): own, other = (l.hear(images, targets)[0] for l in (plain, shuffled))
+    images, targets = plain.on_device(*plain.fixed_batches(1)[0])
+    with torch.no_grad(): own, other = (l.distillation.ask(images, targets).answer for l in (plain, shuffled))
     there, here = (arrays(o, plain.method) for o in (other, own))
     for i in range(4):  # cell by cell: at another place of the batch an image may be rounded otherwise
         gap = lambda k: gaps({n: v[i] for n, v in there.items()}, {n: v[k] for n, v in here.items()})

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from rtdetr_kd.train.config import configure
-from rtdetr_kd.train.step import Learner
-from rtdetr_kd.train.run import train
+from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model.detector import RTDETR, Spec, top_detections
 from rtdetr_kd.model.sizes import SIZES
 
@@ -77,9 +76,9 @@ def test_a_nan_stops_and_leaves_a_state(tiny, tmp_path):
 def test_images_without_boxes_train(tiny, tmp_path):
     learner = Learner(config(tiny, tmp_path))
     empty = [dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))] * 2
-    terms = learner.one_step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), empty)
+    terms = learner.one_step([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), empty)])
     assert all(v.isfinite() for v in terms.values())
-    full = learner.one_step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [dict(labels=torch.tensor([1]), boxes=torch.full((1, 4), .5))] * 2)
+    full = learner.one_step([(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [dict(labels=torch.tensor([1]), boxes=torch.full((1, 4), .5))] * 2)])
     assert terms.keys() == full.keys()
 
 
@@ -88,7 +87,7 @@ def test_every_weight_is_trained(tiny, tmp_path, monkeypatch, size):
     monkeypatch.setitem(SIZES, "toy_quiet", SIZES["toy"] | dict(denoising=0))  # no noisy queries, no weights for them
     learner = Learner(config(tiny, tmp_path, size=size))
     images, targets = learner.images[0][0][None], [learner.images[0][1]]
-    learner.one_step(images, targets)
+    learner.one_step([(images, targets)])
     learner.opt.zero_grad(set_to_none=True)
     sum(learner.losses(images.float() / 255, targets).values()).backward()
     assert [n for n, p in learner.model.named_parameters() if p.grad is None] == []
@@ -191,7 +190,7 @@ def test_a_damaged_state_is_not_half_used(tiny, tmp_path, capsys):
     "A state that lacks a part falls back to the one before, and two of them stop the run"
     c = config(tiny, tmp_path)
     learner = Learner(c); learner.folder.mkdir(parents=True)
-    learner.one_step(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [learner.images[k][1] for k in range(8)])
+    learner.one_step([(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [learner.images[k][1] for k in range(8)])])
     learner.save(); learner.save()
     s = weights(tmp_path); del s["opt"]["state"][0]["exp_avg"], s["ema_n"]
     torch.save(s, learner.folder / "last/state.pt")
@@ -205,7 +204,7 @@ def test_resumed_schedule_and_average_go_on(tiny, tmp_path):
     "Learning rates and the average's counter after a resume are those of a run that never stopped"
     a = Learner(config(tiny, tmp_path, warmup=6)); a.folder.mkdir(parents=True)
     batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [a.images[k][1] for k in range(8)]
-    rate = lambda l: (l.one_step(*batch), l.opt.param_groups[0]["lr"], l.ema.n)[1:]
+    rate = lambda l: (l.one_step([batch]), l.opt.param_groups[0]["lr"], l.ema.n)[1:]
     for _ in range(3): rate(a)
     a.save()
     b = Learner(config(tiny, tmp_path, warmup=6)); b.restore()
@@ -219,10 +218,10 @@ def test_an_overflowing_update_moves_neither_schedule_nor_average(tiny, tmp_path
     rates = []
     for skipped in (True, True, True, False, False):
         monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: skipped))
-        l.one_step(*batch); rates.append(l.opt.param_groups[0]["lr"])
+        l.one_step([batch]); rates.append(l.opt.param_groups[0]["lr"])
     assert (l.step, l.skipped, l.ema.n) == (5, 3, 2) and len({*rates[:4]}) == 1 and rates[4] > rates[3]
     l.step, l.skipped = 150, 101
-    with pytest.raises(FloatingPointError, match="101 of 150 updates were left out.*precision='bfloat16'"): l.one_step(*batch)
+    with pytest.raises(FloatingPointError, match="101 of 150 updates were left out.*precision='bfloat16'"): l.one_step([batch])
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory"), MemoryError()])
@@ -270,13 +269,13 @@ def test_small_and_odd_data_train(tiny, tmp_path, capsys, given, change, says):
 
 
 def test_low_scores_are_pointed_out(tiny, tmp_path, capsys):
-    l = Learner(config(tiny, tmp_path)); l.step, l.log = 50, [dict(loss=9.), dict(loss=5.)]
-    l.look_at_scores(.3); assert not capsys.readouterr().out
-    l.look_at_scores(.05); assert "halve it" in capsys.readouterr().out
+    l = Learner(config(tiny, tmp_path)); l.step, l.store.log = 50, [dict(loss=9.), dict(loss=5.)]
+    l.tell_of_scores(.3); assert not capsys.readouterr().out
+    l.tell_of_scores(.05); assert "halve it" in capsys.readouterr().out
 
 
 def test_a_full_disk_while_the_best_weights_are_written(tiny, tmp_path, monkeypatch):
-    import rtdetr_kd.train.run as L
+    import rtdetr_kd.train.store as L
     from safetensors import SafetensorError
     def full(*a, **kw): raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
     monkeypatch.setattr(L, "save_model", full)
@@ -298,7 +297,7 @@ def test_best_stays_best_after_a_resume(tiny, tmp_path, monkeypatch):
     before = file.read_bytes()
     b = Learner(config(tiny, tmp_path)); b.restore()
     monkeypatch.setattr(Learner, "judged", judge(.31))
-    assert b.assess()["select_AP"] == .31 and b.best == dict(AP=.5, epoch=0) and file.read_bytes() == before
+    assert b.assess()["select_AP"] == .31 and b.store.best == dict(AP=.5, epoch=0) and file.read_bytes() == before
 
 
 def test_a_resume_with_another_setting_is_one_sentence(tiny, tmp_path):
@@ -334,11 +333,11 @@ def test_a_state_of_another_optimiser_variant_goes_on(tiny, tmp_path):
     "Plain AdamW's state, as an earlier version or another machine may have written it, resumed by the fused one: the same step"
     a = Learner(config(tiny, tmp_path)); a.folder.mkdir(parents=True)
     batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [a.images[k][1] for k in range(8)]
-    a.one_step(*batch); a.save()
+    a.one_step([batch]); a.save()
     s = weights(tmp_path)
     for g in s["opt"]["param_groups"]: g["fused"] = False
-    b = Learner(config(tiny, tmp_path)); b.take(s)
-    a.one_step(*batch); b.one_step(*batch)
+    b = Learner(config(tiny, tmp_path)); b.load_state(s)
+    a.one_step([batch]); b.one_step([batch])
     for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
@@ -365,7 +364,7 @@ def test_a_line_from_time_to_time(tiny, tmp_path, capsys):
 def test_the_gradient_of_one_image_is_right(tiny, tmp_path):
     "In torch 2.14 on a CPU a batch norm's gradient is wrong for one image in some layouts; ours is not among them"
     l = Learner(config(tiny, tmp_path))
-    images, targets = l.moved(*l.fixed_batches(1)[0])
+    images, targets = l.on_device(*l.fixed_batches(1)[0])
     def gradient(model, x):
         model.train().zero_grad(); torch.manual_seed(0)
         maps = model.encoder(model.backbone(x))
@@ -375,3 +374,49 @@ def test_the_gradient_of_one_image_is_right(tiny, tmp_path):
     ours = gradient(l.model, images[:1])
     exact = gradient(copy.deepcopy(l.model).double(), images[:1].double().contiguous())
     assert (ours - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_the_parameters_cell_is_written_by_config():
+    "Each setting has one description: the comment in `Config`"
+    from pathlib import Path
+
+    from rtdetr_kd.train.config import parameters_cell
+
+    nb = json.loads((Path(__file__).resolve().parent.parent / "nbs/train.ipynb").read_text(encoding="utf-8"))
+    cell = next(c for c in nb["cells"] if c["metadata"].get("tags") == ["parameters"])
+    assert "".join(cell["source"]) == parameters_cell(), "print(parameters_cell()) says what the cell should be"
+
+
+@pytest.mark.parametrize("code", ["import rtdetr_kd.config", "from rtdetr_kd.config import configure; configure(method='query')"])
+def test_settings_load_nothing_heavy(code):
+    import subprocess, sys
+
+    p = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, timeout=120)
+    assert p.returncode == 0, p.stderr[-500:]
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in p.stderr.splitlines() if "|" in line}
+    assert "dataclasses" in loaded  # the list is there at all
+    assert not loaded & {"torch", "pandas", "sklearn", "matplotlib", "transformers", "timm"}
+
+
+def test_a_state_has_these_parts(tiny, tmp_path):
+    "Other versions read them"
+    parts = "trained ema ema_n opt scaler epoch step skipped best log lam sums seconds".split()
+    assert sorted(Learner(config(tiny, tmp_path)).state()) == sorted(parts)
+
+
+def test_two_parts_of_a_batch_give_the_gradient_of_one(tiny, tmp_path, monkeypatch):
+    "Whatever boxes the parts have; noisy queries and batch norms, which see a part only, are set aside"
+    monkeypatch.setitem(SIZES, "toy_quiet", SIZES["toy"] | dict(denoising=0))
+    l = Learner(config(tiny, tmp_path, size="toy_quiet"))
+    l.trained.eval()
+    images = torch.stack([l.images[k][0] for k in range(4)])
+    targets = [l.images[k][1] for k in range(4)]
+
+    def gradient(*cuts):
+        l.opt.zero_grad(set_to_none=True)
+        l.backward([(images[a:z], targets[a:z]) for a, z in cuts])
+        return torch.cat([p.grad.flatten() for p in l.model.encoder.parameters()])
+
+    one = gradient((0, 4))
+    for cuts in (((0, 1), (1, 4)), ((0, 2), (2, 4)), ((0, 1), (1, 2), (2, 3), (3, 4))):
+        assert (gradient(*cuts) - one).norm() < 1e-4 * one.norm()

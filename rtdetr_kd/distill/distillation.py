@@ -147,7 +147,7 @@ def heard(self: Distillation,
     "The student's output with the scores that are compared"
     return only(out, self.columns[1]) if self.columns else out
 
-# %% ../../nbs/distill/07_distillation.ipynb #cbc1dc25
+# %% ../../nbs/distill/07_distillation.ipynb #2fd1be05
 @patch
 def terms(self: Distillation,
     answer: Output,  # the teacher's
@@ -159,8 +159,7 @@ def terms(self: Distillation,
     "λ times what the method finds between the two"
     weight = self.lam * share
     with torch.autocast(out.logits.device.type, enabled=False):
-        found = self.method(self.heard(out), answer, targets, progress)
-        return {k: weight * v for k, v in found.items()}
+        return {k: weight * v for k, v in self.method(self.heard(out), answer, targets, progress).items()}
 
 # %% ../../nbs/distill/07_distillation.ipynb #fa18ad4f
 @patch

@@ -59,7 +59,7 @@ def look(self: Trained,
         out = self.model(images, targets, capture=True, points=asked.questions, look=d.method.looks)
     return out, asked.answer
 
-# %% ../../nbs/train/03_step.ipynb #883e9a1b
+# %% ../../nbs/train/03_step.ipynb #ea1392b9
 @patch
 def forward(self: Trained,
     images: Tensor,  # (b,3,h,w) in 0..1: a batch, or a part of one
@@ -70,8 +70,8 @@ def forward(self: Trained,
     epoch: int = 0,  # decides the view, with kept answers
 ) -> dict:  # name -> weighted loss
     "All loss terms: their sum, over the parts of a batch, is what is minimised"
+    out, answer = self.look(images, targets, epoch)
     with torch.autocast(images.device.type, enabled=False):
-        out, answer = self.look(images, targets, epoch)
         terms = detection_losses(out, targets, boxes, self.match)
         if answer is not None: terms |= self.distillation.terms(answer, targets, out, share, progress)
         return touched(terms, self) if self.many else terms
