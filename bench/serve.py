@@ -86,7 +86,8 @@ def rss(p) -> float:
 
 def bare(runner, n, seconds, data=None) -> float:
     "The runtime in a loop at `n` images a call; with a file's `data`, every image is decoded first, in the same loop"
-    from rtdetr_kd.serve.batching import Limits, decode, square
+    from rtdetr_kd.serve.batching import Limits, square
+    from rtdetr_kd.model.decoder import decode
     x, k, L, t = np.random.default_rng(0).integers(0, 256, (n, runner.size, runner.size, 3), np.uint8), 0, Limits(), time.perf_counter()
     while time.perf_counter() < t + seconds:
         runner(np.stack([square(decode(data, L)[0], runner.size) for _ in range(n)]) if data else x); k += n
@@ -168,7 +169,7 @@ def main():
     p.add_argument("--soak", type=int, default=0); p.add_argument("--out")
     a = p.parse_args()
     sys.path.insert(0, str(ROOT))
-    from rtdetr_kd.serve.apart import open_served
+    from rtdetr_kd.serve.worker_process import open_served
     from rtdetr_kd.deploy.open import open_model
     cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
     runner = open_model(a.weights, threads=cores)

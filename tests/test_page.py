@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-httpx = pytest.importorskip("httpx"); pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("fastapi")
 ws = pytest.importorskip("websockets.sync.client")
 from test_serve import ROOT, running
 
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 class Browser:
     "Headless Chromium, spoken to by its debugging protocol"
     def __init__(self, home):
-        run = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0", "--use-fake-ui-for-media-stream",
-               "--use-fake-device-for-media-stream", f"--user-data-dir={home}", "about:blank"]
+        run = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--remote-debugging-port=0", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+               f"--user-data-dir={home}", "about:blank"]
         self.process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(600):
             if (port := Path(home) / "DevToolsActivePort").exists() and port.read_text(): break
@@ -33,45 +35,96 @@ class Browser:
         self.ws.send(json.dumps(dict(id=self.n, method=method, params=params)))
         while True:
             m = json.loads(self.ws.recv(timeout=60))
-            if m.get("method") == "Runtime.exceptionThrown" or (m.get("method") == "Log.entryAdded" and m["params"]["entry"]["level"] == "error"): self.faults.append(m["params"])
-            if m.get("id") == self.n: assert "error" not in m, m; return m["result"]
+            if is_fault(m): self.faults.append(m["params"])
+            if m.get("id") != self.n: continue
+            assert "error" not in m, m
+            return m["result"]
 
-    def js(self, text): return self("Runtime.evaluate", expression=text, returnByValue=True, awaitPromise=True)["result"].get("value")
+    def js(self, text):
+        r = self("Runtime.evaluate", expression=text, returnByValue=True, awaitPromise=True)
+        return r["result"].get("value")
+
+    def status(self): return self.js("document.getElementById('s').textContent")
 
     def until(self, text):
         for _ in range(300):
             if self.js(text): return
             time.sleep(.1)
-        pytest.fail(f"never: {text}; status: {self.js('document.getElementById(`s`).textContent')}; {self.faults}")
+        pytest.fail(f"never: {text}; status: {self.status()}; {self.faults}")
 
     def choose(self, file):
         root = self("DOM.getDocument")["root"]["nodeId"]
-        self("DOM.setFileInputFiles", nodeId=self("DOM.querySelector", nodeId=root, selector="#f")["nodeId"], files=[str(file)])
+        node = self("DOM.querySelector", nodeId=root, selector="#f")["nodeId"]
+        self("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
 
-    def shot(self, file): Path(file).write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
+    def shot(self, file):
+        Path(file).write_bytes(base64.b64decode(self("Page.captureScreenshot", format="png")["data"]))
 
-    def close(self): self.open.close(); self.process.terminate(); self.process.wait(30)
+    def close(self):
+        self.open.close()
+        self.process.terminate()
+        self.process.wait(30)
 
 
-def test_a_person_drops_a_picture(tmp_path):
-    shots = Path(os.environ.get("RTDETR_KD_SHOTS", tmp_path))
-    with running("--threads", 1) as p:
-        b = Browser(tmp_path / "home")
-        try:
-            for name, width, height, mobile in (("wide", 1200, 800, False), ("phone", 390, 844, True)):
-                b("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-                b("Page.navigate", url=p.at); b.until("document.readyState == 'complete' && !!document.getElementById('f')")
-                b.choose(ROOT / "figures/scene.jpg"); b.until("/[1-9]\\d* objects/.test(document.getElementById('s').textContent)")
-                seen = lambda: int(re.match(r"\d+", b.js("document.getElementById('s').textContent"))[0])
-                many = seen()
-                assert many == len([d for d in httpx.post(f"{p.at}/detect", files=dict(image=(ROOT / "figures/scene.jpg").read_bytes())).json()["detections"] if d["score"] >= .3])
-                assert b.js("document.documentElement.scrollWidth") <= width                      # nothing sticks out of a phone
-                b.shot(shots / f"page_{name}.png")
-                b.js("const t = document.getElementById('t'); t.value = 0.75; t.dispatchEvent(new Event('input'))")
-                assert seen() < many
-            (tmp_path / "bad.jpg").write_text("no picture"); b.choose(tmp_path / "bad.jpg"); b.until("/no image/.test(document.getElementById('s').textContent)")
-            b.faults = [f for f in b.faults if "415" not in str(f)]
-            b.js("document.getElementById('v').click()"); b.until("/objects/.test(document.getElementById('s').textContent)")   # a camera (Chromium's fake one)
-            b.js("document.getElementById('v').click()")
-            assert not b.faults, b.faults
-        finally: b.close()
+def is_fault(m):
+    "An exception on the page, or an error in its console"
+    if m.get("method") == "Runtime.exceptionThrown": return True
+    return m.get("method") == "Log.entryAdded" and m["params"]["entry"]["level"] == "error"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running("--threads", 1) as p: yield p
+
+
+@pytest.fixture
+def browser(server, tmp_path):
+    b = Browser(tmp_path / "home")
+    yield b
+    b.close()
+
+
+def visit(b, at, width=1200, height=800, mobile=False):
+    "Open the page in a window of this size"
+    b("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+    b("Page.navigate", url=at)
+    b.until("document.readyState == 'complete' && !!document.getElementById('f')")
+
+
+FOUND = "/[1-9]\\d* object/.test(document.getElementById('s').textContent)"
+SCENE = ROOT / "figures/scene.jpg"
+
+
+@pytest.mark.parametrize("name, width, height, mobile", [("wide", 1200, 800, False), ("phone", 390, 844, True)])
+def test_a_person_chooses_a_picture(server, browser, tmp_path, name, width, height, mobile):
+    b, shots = browser, Path(os.environ.get("RTDETR_KD_SHOTS", tmp_path))
+    visit(b, server.at, width, height, mobile)
+    b.choose(SCENE)
+    b.until(FOUND)
+    shown = lambda: int(re.match(r"\d+", b.status())[0])
+    found = httpx.post(f"{server.at}/detect", files=dict(image=SCENE.read_bytes())).json()["detections"]
+    many = shown()
+    assert many == len([d for d in found if d["score"] >= .3])
+    assert b.js("document.documentElement.scrollWidth") <= width           # nothing sticks out of a phone
+    b.shot(shots / f"page_{name}.png")
+    b.js("const t = document.getElementById('t'); t.value = 0.75; t.dispatchEvent(new Event('input'))")
+    assert shown() < many                                                  # the slider hides the unsure ones
+    assert not b.faults, b.faults
+
+
+def test_a_file_that_is_no_picture(server, browser, tmp_path):
+    visit(browser, server.at)
+    bad = tmp_path / "bad.jpg"
+    bad.write_text("no picture")
+    browser.choose(bad)
+    browser.until("/no image/.test(document.getElementById('s').textContent)")
+    assert not [f for f in browser.faults if "415" not in str(f)]
+
+
+def test_the_camera(server, browser):
+    "Chromium's fake one"
+    visit(browser, server.at)
+    browser.js("document.getElementById('v').click()")
+    browser.until("/object/.test(document.getElementById('s').textContent)")
+    browser.js("document.getElementById('v').click()")
+    assert not browser.faults, browser.faults

@@ -1,4 +1,4 @@
 """`python -m rtdetr_kd.serve`"""
-import runpy
+from rtdetr_kd.serve.main import main
 
-runpy.run_module("rtdetr_kd.serve.app", run_name="__main__", alter_sys=True)
+main()
