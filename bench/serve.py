@@ -1,18 +1,19 @@
 """Throughput and latency of the server under load, beside the bare runtime and plain FastAPI handlers
 
-python bench/serve.py [--weights W] [--clients 16] [--seconds 6] [--rounds 5] [--options '--threads 1'] [--soak 10000] [--out bench/serve_toy.json]
+python bench/serve.py [--weights W] [--clients 16] [--seconds 6] [--rounds 5] [--options '--threads 1']
+                      [--soak 10000] [--out bench/serve_toy.json]
 
 Rounds alternate, so that whatever else the machine does meets all of them:
   server         ours
-  plain, plain_def   what a person writes first: a FastAPI handler, `async def` or `def`, that calls the model for its request
-  bare           the runtime in a loop, all cores, no HTTP, no files: the batch size that the server's batches had in the mean
+  plain, plain_def   what a person writes first: a FastAPI handler, `async def` or `def`, that calls the model
+  bare           the runtime in a loop, all cores, no HTTP, no files: the batch size that the server's batches had
   bare_decoding  the same with the file decoded and resized for every image, which a server cannot spare
-  bare_copies    as many copies of the model as the server chose, each in its process, with its number of threads: what the machine can do
+  bare_copies    as many copies of the model as the server chose, with its threads: what the machine can do
   bare_one       the runtime at one image a call
   alone          ours, one client
-The clients run on the same machine and take their share of its cores; the figures include that. What other processes take does not belong here: a
-measurement waits until they use less than --others of the machine, and is repeated if that was not so, for --patience seconds; the least disturbed counts
-(its `others` is recorded).
+The clients run on the same machine and take their share of its cores; the figures include that. What other processes
+take does not belong here: a measurement waits until they use less than --others of the machine, and is repeated if
+that was not so, for --patience seconds; the least disturbed counts (its `others` is recorded).
 """
 import argparse, asyncio, json, os, platform, re, socket, statistics, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
@@ -43,17 +44,25 @@ uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 
 def start(words):
     "A server process that is ready, and its port"
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    p = subprocess.Popen([sys.executable, *[str(port) if w == "PORT" else str(w) for w in words]], cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    run = [sys.executable, *[str(port) if w == "PORT" else str(w) for w in words]]
+    p = subprocess.Popen(run, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     while p.poll() is None:
-        try: urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz"); return p, port
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz")
+            return p, port
         except OSError: time.sleep(.2)
     sys.exit(f"Stopped: {words} ended with {p.returncode}")
 
 
 def request(photo: bytes) -> bytes:
-    body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n' + photo + b"\r\n--x--\r\n"
-    return b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    "A form with one picture, as bytes on the wire"
+    part = b'Content-Disposition: form-data; name="image"; filename="a.jpg"\r\nContent-Type: image/jpeg'
+    body = b"--x\r\n" + part + b"\r\n\r\n" + photo + b"\r\n--x--\r\n"
+    head = b"POST /detect HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 async def client(port, data, until, took, count):
@@ -62,7 +71,8 @@ async def client(port, data, until, took, count):
     while time.perf_counter() < until and count[0] > 0:
         count[0] -= 1
         t = time.perf_counter()
-        w.write(data); head = await r.readuntil(b"\r\n\r\n")
+        w.write(data)
+        head = await r.readuntil(b"\r\n\r\n")
         await r.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))
         if b" 200 " not in head[:20]: raise RuntimeError(head)
         took.append(time.perf_counter() - t)
@@ -70,28 +80,36 @@ async def client(port, data, until, took, count):
 
 
 async def load(port, data, clients, seconds, count=10**9) -> dict:
+    "Answers a second, and how long they took in ms"
     took, t, left = [], time.perf_counter(), [count]
     await asyncio.gather(*[client(port, data, t + seconds, took, left) for _ in range(clients)])
     ms = sorted(1000 * v for v in took)
     return dict(per_second=len(ms) / (time.perf_counter() - t), p50=ms[len(ms) // 2], p99=ms[int(len(ms) * .99)])
 
 
-def meter(port, name): return float(re.search(rf"^{name} (\S+)", urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode(), re.M)[1])
+def meter(port, name) -> float:
+    "A value of the server's metrics"
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return float(re.search(rf"^{name} (\S+)", text, re.M)[1])
 
 
 def rss(p) -> float:
     "MB of a process and its children"
-    return sum(int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{k}/status").read_text())[1]) for k in family(p.pid)) / 1024
+    kilobytes = lambda k: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{k}/status").read_text())[1])
+    return sum(map(kilobytes, family(p.pid))) / 1024
 
 
 def bare(runner, n, seconds, data=None) -> float:
     "The runtime in a loop at `n` images a call; with a file's `data`, every image is decoded first, in the same loop"
-    from rtdetr_kd.serve.batching import Limits, square
-    from rtdetr_kd.model.decoder import decode
-    x, k, L, t = np.random.default_rng(0).integers(0, 256, (n, runner.size, runner.size, 3), np.uint8), 0, Limits(), time.perf_counter()
-    while time.perf_counter() < t + seconds:
-        runner(np.stack([square(decode(data, L)[0], runner.size) for _ in range(n)]) if data else x); k += n
-    return k / (time.perf_counter() - t)
+    from rtdetr_kd.serve.batching import Limits, decode_image, model_input
+    limits, size = Limits(), runner.size
+    noise = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+    def decoded(): return np.stack([model_input(decode_image(data, limits)[0], size) for _ in range(n)])
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        runner(decoded() if data else noise)
+        done += n
+    return done / (time.perf_counter() - start)
 
 
 def together(runner, copies, n, seconds) -> float:
@@ -106,20 +124,25 @@ def together(runner, copies, n, seconds) -> float:
 
 def family(pid) -> list:
     "A process and its children"
-    return [pid, *(k for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split() for k in family(int(c)))]
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(k for c in children for k in family(int(c)))]
 
 
 def ticks() -> tuple:
     "CPU time of the whole machine, and of this process and its children, in ticks"
-    busy = sum(int(v) for k, v in enumerate(Path("/proc/stat").read_text().split("\n")[0].split()[1:8]) if k not in (3, 4))
-    return busy, sum(sum(map(int, Path(f"/proc/{k}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for k in family(os.getpid()))
+    machine = Path("/proc/stat").read_text().split("\n")[0].split()[1:8]
+    busy = sum(int(v) for k, v in enumerate(machine) if k not in (3, 4))
+    own = lambda k: sum(map(int, Path(f"/proc/{k}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    return busy, sum(map(own, family(os.getpid())))
 
 
 def disturbed(f) -> tuple:
     "What `f` returns, and the share of the machine that others took meanwhile"
-    (a, own), t = ticks(), time.perf_counter()
-    x = f(); (b, ours), capacity = ticks(), (time.perf_counter() - t) * os.cpu_count() * os.sysconf("SC_CLK_TCK")
-    return x, round(max(b - a - ours + own, 0) / capacity, 3)
+    (before, own), start = ticks(), time.perf_counter()
+    x = f()
+    (after, ours), seconds = ticks(), time.perf_counter() - start
+    capacity = seconds * os.cpu_count() * os.sysconf("SC_CLK_TCK")
+    return x, round(max(after - before - ours + own, 0) / capacity, 3)
 
 
 def calm(f, others: float, patience: float) -> tuple:
@@ -132,67 +155,99 @@ def calm(f, others: float, patience: float) -> tuple:
     return best
 
 
-def quantities(a, ours, port, plains, runner, apart, copies, data) -> dict:
+def with_batch(port, go) -> dict:
+    "A load, and the mean size of the server's batches in it"
+    read = lambda: [meter(port, f"rtdetr_batch_size_{k}") for k in ("sum", "count")]
+    images, calls = read()
+    x = go()
+    more, again = read()
+    return x | dict(batch=(more - images) / (again - calls))
+
+
+def quantities(a, port, plains, runner, served, copies, data) -> dict:
     "One round"
-    photo, go = Path(a.photo).read_bytes(), lambda port, clients=a.clients: asyncio.run(load(port, data, clients, a.seconds))
-    def counted():
-        before = [meter(port, f"rtdetr_batch_size_{k}") for k in ("sum", "count")]
-        x = go(port)
-        images, calls = (meter(port, f"rtdetr_batch_size_{k}") - b for k, b in zip(("sum", "count"), before))
-        return x | dict(batch=images / calls)
-    row, others = {}, {}
+    photo, row, others = Path(a.photo).read_bytes(), {}, {}
+    def go(port, clients=a.clients): return asyncio.run(load(port, data, clients, a.seconds))
     def take(k, f): row[k], others[k] = calm(f, a.others, a.patience)
-    take("server", counted)
+    take("server", lambda: with_batch(port, lambda: go(port)))
     n = max(1, round(row["server"]["batch"]))
-    take("bare", lambda: bare(runner, n, a.seconds)); take("plain", lambda: go(plains["plain"][1]))
-    take("bare_decoding", lambda: bare(runner, n, a.seconds, photo)); take("plain_def", lambda: go(plains["plain_def"][1]))
-    take("bare_copies", lambda: together(apart, copies, n, a.seconds))
-    take("bare_one", lambda: bare(runner, 1, a.seconds)); take("alone", lambda: go(port, 1))
+    take("bare", lambda: bare(runner, n, a.seconds))
+    take("plain", lambda: go(plains["plain"][1]))
+    take("bare_decoding", lambda: bare(runner, n, a.seconds, photo))
+    take("plain_def", lambda: go(plains["plain_def"][1]))
+    take("bare_copies", lambda: together(served, copies, n, a.seconds))
+    take("bare_one", lambda: bare(runner, 1, a.seconds))
+    take("alone", lambda: go(port, 1))
     return row | dict(others=others)
 
 
 def summary(rows) -> dict:
     "Medians of each round's ratios"
     mid = lambda f: round(statistics.median(map(f, rows)), 3)
-    to = lambda k: mid(lambda r: r["server"]["per_second"] / (r[k] if isinstance(r[k], float) else r[k]["per_second"]))
-    return dict(per_second=mid(lambda r: r["server"]["per_second"]), batch=mid(lambda r: r["server"]["batch"])) | {f"server_to_{k}": to(k) for k in ("bare", "bare_decoding", "bare_copies", "plain", "plain_def")} \
-        | dict(batch_to_one=mid(lambda r: r["bare"] / r["bare_one"]), p99_to_p50=mid(lambda r: r["server"]["p99"] / r["server"]["p50"]),
-               alone_p50_ms=mid(lambda r: r["alone"]["p50"]))
+    speed = lambda v: v if isinstance(v, float) else v["per_second"]
+    to = lambda k: mid(lambda r: r["server"]["per_second"] / speed(r[k]))
+    ratios = {f"server_to_{k}": to(k) for k in ("bare", "bare_decoding", "bare_copies", "plain", "plain_def")}
+    return dict(per_second=mid(lambda r: r["server"]["per_second"]), batch=mid(lambda r: r["server"]["batch"]),
+                **ratios,
+                batch_to_one=mid(lambda r: r["bare"] / r["bare_one"]),
+                p99_to_p50=mid(lambda r: r["server"]["p99"] / r["server"]["p50"]),
+                alone_p50_ms=mid(lambda r: r["alone"]["p50"]))
+
+
+def options():
+    "Of this command"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--weights", default=ROOT / "weights/toy_student.safetensors")
+    p.add_argument("--clients", type=int, default=16)
+    p.add_argument("--seconds", type=float, default=4)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--options", default="", help="of the server")
+    p.add_argument("--photo", default=ROOT / "figures/scene.jpg")
+    p.add_argument("--others", type=float, default=.1)
+    p.add_argument("--patience", type=float, default=20)
+    p.add_argument("--soak", type=int, default=0)
+    p.add_argument("--out")
+    return p.parse_args()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((l.split(":")[1].strip() for l in lines if l.startswith("model name")), platform.processor())
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--weights", default=ROOT / "weights/toy_student.safetensors"); p.add_argument("--clients", type=int, default=16)
-    p.add_argument("--seconds", type=float, default=4); p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--options", default="", help="of the server"); p.add_argument("--photo", default=ROOT / "figures/scene.jpg")
-    p.add_argument("--others", type=float, default=.1); p.add_argument("--patience", type=float, default=20)
-    p.add_argument("--soak", type=int, default=0); p.add_argument("--out")
-    a = p.parse_args()
+    a = options()
     sys.path.insert(0, str(ROOT))
-    from rtdetr_kd.serve.worker_process import open_served
     from rtdetr_kd.deploy.open import open_model
+    from rtdetr_kd.serve.worker_process import open_served
     cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
     runner = open_model(a.weights, threads=cores)
     ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *a.options.split()])
-    served = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/model").read())["options"]
-    copies = served.get("copies", 1)
-    apart = open_served(a.weights, **served)
+    how = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/model").read())["options"]
+    copies, served = how.get("copies", 1), open_served(a.weights, **how)
     plains = {k: start(["-c", PLAIN.replace("ASYNC ", w).replace("READ", read), a.weights, "PORT"])
               for k, w, read in (("plain", "async ", "await image.read()"), ("plain_def", "", "image.file.read()"))}
     try:
         for k in (port, *(q for _, q in plains.values())): asyncio.run(load(k, data, a.clients, 2))
         for n in range(1, 9):
-            runner(np.zeros((n, runner.size, runner.size, 3), np.uint8)); together(apart, copies, n, .01)
+            runner(np.zeros((n, runner.size, runner.size, 3), np.uint8))
+            together(served, copies, n, .01)
         rows = []
-        for _ in range(a.rounds): rows.append(quantities(a, ours, port, plains, runner, apart, copies, data)); print(json.dumps(rows[-1]), flush=True)
-        out = dict(weights=Path(a.weights).name, backend=runner.backend, size=runner.size, served=served, clients=a.clients, cores=cores, others=round(statistics.mean(v for r in rows for v in r["others"].values()), 3),
-                   machine=next((l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")), platform.processor()),
-                   **summary(rows), rounds=rows)
+        for _ in range(a.rounds):
+            rows.append(quantities(a, port, plains, runner, served, copies, data))
+            print(json.dumps(rows[-1]), flush=True)
+        others = round(statistics.mean(v for r in rows for v in r["others"].values()), 3)
+        out = dict(weights=Path(a.weights).name, backend=runner.backend, size=runner.size, served=how,
+                   clients=a.clients, cores=cores, others=others, machine=processor(), **summary(rows), rounds=rows)
         if a.soak:
-            asyncio.run(load(port, data, a.clients, 1e9, a.soak // 10)); first = rss(ours)
-            asyncio.run(load(port, data, a.clients, 1e9, a.soak)); out |= dict(soak=a.soak, rss_before=first, rss_after=rss(ours))
+            asyncio.run(load(port, data, a.clients, 1e9, a.soak // 10))
+            first = rss(ours)
+            asyncio.run(load(port, data, a.clients, 1e9, a.soak))
+            out |= dict(soak=a.soak, rss_before=first, rss_after=rss(ours))
     finally:
-        for q in (ours, *(q for q, _ in plains.values())): q.terminate(); q.wait()
+        for q in (ours, *(q for q, _ in plains.values())):
+            q.terminate()
+            q.wait()
     print(json.dumps({k: v for k, v in out.items() if k != "rounds"}, indent=1))
     if a.out: Path(a.out).write_text(json.dumps(out, indent=1) + "\n")
 

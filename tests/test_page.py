@@ -1,4 +1,4 @@
-"The page in a real browser: a picture is chosen, boxes are drawn, the slider hides them; wide and on a phone (skipped without Chromium)"
+"The page in a real browser, wide and on a phone: a picture is chosen, boxes are drawn (skipped without Chromium)"
 import base64, json, os, re, shutil, subprocess, time
 from contextlib import ExitStack
 from pathlib import Path

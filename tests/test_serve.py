@@ -644,8 +644,8 @@ def test_container():
 
 def test_the_page_is_package_data():
     "A wheel has the page, and its policy is that of its script"
-    told = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert "page.html" in told["rtdetr_kd.serve"]
+    told = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    assert "page.html" in told["tool"]["setuptools"]["package-data"]["rtdetr_kd.serve"]
     assert (ROOT / "rtdetr_kd/serve/page.html").is_file()
 
 
