@@ -64,7 +64,7 @@ def rss(p):
     return sum(map(kilobytes, family(p.pid))) / 1024
 
 
-def until(f, what, seconds=120):  # a busy machine takes long to start a process
+def until(f, what, seconds=300):  # a busy machine takes long to start a process
     "Wait until `f()` is true"
     end = time.monotonic() + seconds
     while not f():
@@ -199,6 +199,22 @@ def hostile_files():
 
 def test_hostile_files(server):
     for data, status in hostile_files(): check_error(post(server, data), status)
+
+
+def test_a_jpeg_that_repeats_its_last_scan(server):
+    "184 kB that would keep two threads busy for minutes: refused at once, in both places at a time"
+    d = packed(Image.effect_noise((2000, 2000), 0).convert("L"), "JPEG", progressive=True)
+    d = d[:-2] + d[d.rindex(b"\xff\xda"):-2] * 12_000 + b"\xff\xd9"
+    start = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool: answers = list(pool.map(lambda _: post(server, d), range(4)))
+    for r in answers: check_error(r, 413, "too_many_scans")
+    assert time.perf_counter() - start < 20
+    assert post(server).status_code == 200
+
+
+def test_a_progressive_jpeg_is_fine(server):
+    r = post(server, packed(scene(), "JPEG", progressive=True, quality=95))
+    assert r.status_code == 200
 
 
 def test_hostile_requests(server):
@@ -390,13 +406,18 @@ def test_metrics_and_log(server):
     assert next(json.loads(l) for l in server.lines if '"abc-1"' in l)["status"] == 200
 
 
-def other_weights(path):
+def first_fingerprint():
+    from rtdetr_kd.deploy.export import open_model
+    return open_model(TOY, threads=1).about["weights"]
+
+
+def other_weights(path, factor=1.25):
     "The same student with one tensor changed"
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
     state = load_file(path)
     with safe_open(path, "pt") as f: about = f.metadata()
-    state["decoder.enc_output.0.weight"] = state["decoder.enc_output.0.weight"] * 1.25
+    state["decoder.enc_output.0.weight"] = state["decoder.enc_output.0.weight"] * factor
     save_file(state, path, about)
 
 
@@ -441,6 +462,28 @@ class TestOwnWeights:
         own.send_signal(signal.SIGHUP)
         until(lambda: any("reload refused" in l for l in own.lines), "a word about damaged weights")
         assert post(own, **KEY).status_code == 200
+
+    def test_weights_that_answer_nonsense(self, own):
+        "NaN in one tensor: such a model would answer 200 with no detections from then on"
+        own.weights.write_bytes(TOY.read_bytes())
+        other_weights(own.weights, float("nan"))
+        own.send_signal(signal.SIGHUP)
+        until(lambda: any("no number" in l for l in own.lines), "a word about NaN")
+        assert post(own, params=dict(threshold=.1), **KEY).json()["detections"]
+
+    def test_twelve_signals_at_once(self, own):
+        "One reload at a time: never more than two models, and the last file is served"
+        fingerprint = lambda: httpx.get(f"{own.at}/model", **KEY).json()["fingerprint"]
+        most, before = 0, fingerprint()
+        for k in range(12):
+            own.weights.write_bytes(TOY.read_bytes())
+            if k == 11: other_weights(own.weights, 1.5)
+            own.send_signal(signal.SIGHUP)
+            time.sleep(.2)
+            most = max(most, len(family(own.pid)) - 1)
+        until(lambda: fingerprint() != before and fingerprint() != first_fingerprint(), "the last file")
+        assert most <= 3                                                   # old, new, and one that is just ending
+        until(lambda: len(family(own.pid)) == 2, "the others have ended")
 
     def test_sigterm_with_requests_in_flight(self, own):
         eight = dict(files=[("image", SCENE)] * 8, timeout=60)
@@ -487,8 +530,14 @@ def mood(k): return packed(Image.new("RGB", (100, 50), (k, 0, 0)))
 
 
 def test_a_models_own_faults(moody):
-    check_error(post(moody, mood(100)), 500, "fault")
-    assert "secret" not in post(moody, mood(100)).text
+    r = post(moody, mood(100), headers={"X-Request-ID": "faulty-1"})
+    check_error(r, 500, "fault")
+    assert "secret" not in r.text
+    assert r.headers["x-request-id"] == "faulty-1"
+    assert r.headers["x-content-type-options"] == "nosniff"
+    text = httpx.get(f"{moody.at}/metrics").text
+    assert 'rtdetr_requests_total{route="/detect",status="500"} 1.0' in text
+    assert 'status="499"' not in text
 
 
 def test_no_nan_and_nothing_outside(moody):

@@ -6,12 +6,12 @@
 __all__ = ['LOWEST', 'SUREST', 'ONLY', 'ROWS', 'NO_CLASS', 'ADVICE', 'NO_IMAGE_IN_JSON', 'TOO_MANY_FILES', 'NOT_BASE64',
            'URI_HEAD', 'NO_IMAGE_IN_FORM', 'CONTENT_TYPE', 'LEFT', 'TOO_SLOW', 'ARRIVES_SLOWLY', 'TOO_MANY_BYTES',
            'OPEN_ROUTES', 'ROUTES', 'TOKEN', 'FAULT', 'ERRORS', 'EXAMPLE', 'NOT_READY', 'router', 'ONE_IMAGE', 'JPEG',
-           'DAMAGED', 'PAGE', 'CONTENT_POLICY', 'OTHER_MODEL', 'HANDLERS', 'read_query', 'Detection', 'Answer',
+           'DAMAGED', 'STUCK', 'PAGE', 'CONTENT_POLICY', 'OTHER_MODEL', 'HANDLERS', 'read_query', 'Detection', 'Answer',
            'CocoRow', 'ProblemAnswer', 'Error', 'BatchAnswer', 'error_response', 'client_name', 'from_json',
            'from_form', 'files_of', 'until_gone', 'in_time', 'files_in_time', 'too_long', 'request_id', 'Exchange',
            'Door', 'image_body', 'error_docs', 'found_docs', 'ready_service', 'detect', 'detect_batch', 'healthz',
-           'readyz', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload', 'announce_ready', 'lifespan',
-           'on_refused', 'on_invalid', 'on_http', 'on_fault', 'create_app']
+           'readyz', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload', 'reload_when_told',
+           'announce_ready', 'lifespan', 'on_refused', 'on_invalid', 'on_http', 'create_app']
 
 # %% ../../nbs/serve/02_app.ipynb #c8df0818
 import asyncio, base64, gc, hashlib, hmac, json, os, re, signal, threading, time, traceback, uuid
@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect
 from ..deploy.runner import Runner
 from .batching import (BUSY, NOT_AN_IMAGE, TOO_MANY_PIXELS, UNDECODABLE, Asked, Limits, Refused,
                                       Service, detect_image, log, warm_up)
-from .worker_process import open_served
+from .worker_process import PROCESS_GONE, open_served
 
 # %% ../../nbs/serve/02_app.ipynb #44a9e304
 LOWEST = "Lowest score; the server's own if absent"
@@ -233,7 +233,7 @@ class Exchange:
         self.headers = {k.lower(): v for k, v in scope["headers"]}
         self.id = scope["request_id"] = request_id(self.headers)
         self.start, self.seen = time.perf_counter(), 0
-        self.status = 499  # until it is answered: the client left
+        self.status, self.begun = 499, False  # until it is answered: the client left
 
     async def receive(self) -> dict:  # of ASGI
         "The next part of the request; `Refused` when there were too many bytes"
@@ -247,7 +247,7 @@ class Exchange:
     ):
         "The next part of the answer"
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.begun = message["status"], True
             own = [(b"x-request-id", self.id.encode()), (b"x-content-type-options", b"nosniff")]
             message["headers"] = [*message.get("headers", []), *own]
         await self.outwards(message)
@@ -291,7 +291,21 @@ def note(self: Door,
     line = dict(id=exchange.id, method=exchange.scope["method"], route=route, status=exchange.status)
     log.info(json.dumps(line | dict(ms=round(seconds * 1000, 1))))
 
-# %% ../../nbs/serve/02_app.ipynb #8733c841
+# %% ../../nbs/serve/02_app.ipynb #97bc8988
+FAULT = "the server failed at this request; its log has the request's id"
+
+@patch
+async def fault(self: Door,
+    exchange: Exchange,  # that failed
+    e: Exception,  # that nobody expected
+):
+    "Log it, and answer 500"
+    trace = "".join(traceback.format_exception(e))
+    log.error(json.dumps(dict(event="fault", id=exchange.id, what=type(e).__name__, trace=trace)))
+    if exchange.begun: raise e
+    await error_response(Refused(500, "fault", FAULT))(exchange.scope, exchange.receive, exchange.send)
+
+# %% ../../nbs/serve/02_app.ipynb #fa27780a
 @patch
 async def __call__(self: Door, scope, receive, send):
     "Admit, answer, note"
@@ -301,6 +315,7 @@ async def __call__(self: Door, scope, receive, send):
         self.admit(exchange)
         await self.app(scope, exchange.receive, exchange.send)
     except Refused as e: await error_response(e)(scope, receive, exchange.send)
+    except Exception as e: await self.fault(exchange, e)
     finally: self.note(exchange)
 
 # %% ../../nbs/serve/02_app.ipynb #26da2184
@@ -316,8 +331,7 @@ def image_body(
                "application/json": dict(schema=named(js), example=example)}
     return dict(requestBody=dict(required=True, content=content))
 
-# %% ../../nbs/serve/02_app.ipynb #4c8b1ef0
-FAULT = "the server failed at this request; its log has the request's id"
+# %% ../../nbs/serve/02_app.ipynb #c1568c48
 ERRORS = {  # status: what it means, an example's code and sentence
     400: ("Empty, damaged or malformed", "undecodable", UNDECODABLE.format(format="JPEG")),
     401: ("The token is missing or wrong", "token", TOKEN),
@@ -414,12 +428,16 @@ async def healthz():
     "The process answers"
     return dict(status="ok")
 
+STUCK = "a picture has been decoded for longer than a request may take"
+
 @router.get("/readyz", responses=error_docs(503))
 async def readyz(
     request: Request,  # knows the service
 ):
-    "The model is warm and there is room"
+    "The model is warm, all that computes is alive, and there is room"
     service = ready_service(request)
+    if service.stuck(): raise Refused(503, "stuck", STUCK)
+    if not getattr(service.worker.runner.call, "alive", lambda: True)(): raise Refused(503, "no_model", PROCESS_GONE)
     if service.in_flight >= service.limits.room: raise Refused(503, "busy", "no room")
     return dict(status="ready")
 
@@ -491,6 +509,17 @@ async def reload(
     service.metrics.reloads.labels("ok").inc()
     log.info(json.dumps(dict(event="reloaded", weights=service.worker.runner.about["weights"])))
 
+# %% ../../nbs/serve/02_app.ipynb #0496cc02
+async def reload_when_told(
+    service: Service,  # with the path of its weights
+    told: asyncio.Event,  # set by each signal
+):
+    "Reload, one at a time, for ever"
+    while True:
+        await told.wait()
+        told.clear()
+        await reload(service)
+
 # %% ../../nbs/serve/02_app.ipynb #fdc5f292
 async def announce_ready(
     service: Service,  # whose worker warms the model
@@ -506,22 +535,19 @@ async def announce_ready(
     service.ready = True
     log.info(json.dumps(dict(event="ready", weights=service.worker.runner.about["weights"])))
 
-# %% ../../nbs/serve/02_app.ipynb #989f1377
+# %% ../../nbs/serve/02_app.ipynb #adbfd275
 @asynccontextmanager
 async def lifespan(
     app: FastAPI,  # with a service
 ):
     "Warm up while health already answers, listen to SIGHUP; at the end, finish what is there"
-    service, tasks = app.state.service, set()
-    def start(work):
-        task = asyncio.ensure_future(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-    start(announce_ready(service))
+    service, told = app.state.service, asyncio.Event()
+    tasks = [asyncio.ensure_future(work) for work in (announce_ready(service), reload_when_told(service, told))]
     in_main_thread = threading.current_thread() is threading.main_thread()
     if service.path and hasattr(signal, "SIGHUP") and in_main_thread:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: start(reload(service)))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
     yield
+    for task in tasks: task.cancel()
     service.ready = False
     await asyncio.to_thread(service.close)
 
@@ -549,20 +575,8 @@ async def on_http(
     body = Refused(e.status_code, "request", str(e.detail)[:300]).body()
     return JSONResponse(body, e.status_code, e.headers)
 
-# %% ../../nbs/serve/02_app.ipynb #edb3dbbb
-async def on_fault(
-    request: Request,  # its id goes to the log
-    e: Exception,  # that nobody expected
-) -> JSONResponse:
-    "A fault of ours: the log has all of it, the client learns nothing"
-    trace = "".join(traceback.format_exception(e))
-    line = dict(event="fault", id=request.scope.get("request_id"), what=type(e).__name__, trace=trace)
-    log.error(json.dumps(line))
-    return error_response(Refused(500, "fault", FAULT))
-
 # %% ../../nbs/serve/02_app.ipynb #a8874f3c
-HANDLERS = {Refused: on_refused, RequestValidationError: on_invalid, HTTPException: on_http,
-            Exception: on_fault}
+HANDLERS = {Refused: on_refused, RequestValidationError: on_invalid, HTTPException: on_http}
 
 def create_app(
     runner: Runner,  # from `open_model`, or `open_served`

@@ -64,6 +64,10 @@ class WorkerProcess:
         try: raise answer
         finally: del answer  # or it would hold this frame, which holds it, and with it the process
 
+    def alive(self) -> bool:
+        "Is somebody there?"
+        return self.process.poll() is None
+
     def __del__(self):
         if not hasattr(self, "process"): return
         self.process.stdin.close()
@@ -85,6 +89,10 @@ class Copies:
         c = self.free.get()
         try: return c(feed)
         finally: self.free.put(c)
+
+    def alive(self) -> bool:
+        "Is every process there that computes?"
+        return all(c.alive() for c in self.calls if isinstance(c, WorkerProcess))
 
 # %% ../../nbs/serve/01_worker_process.ipynb #6a287523
 def open_in_process(
