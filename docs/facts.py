@@ -26,14 +26,15 @@ CHECKPOINTS = {"": "nothing", "backbone": "backbone", "all": "all"}
 @cache
 def study():
     "Of the study: the comparisons of study.json by (configuration, control), the README's table by method, the runs"
-    from rtdetr_kd.study.results import published, study_table
-    from rtdetr_kd.study.tables import comparisons, runs_of_study, spoken
+    from rtdetr_kd.study.grid import spoken
+    from rtdetr_kd.study.records import read_runs, runs_of_study
+    from rtdetr_kd.study.tables import comparisons, study_table
 
     return (
         {(r.variant, r.control): r for r in comparisons().itertuples()},
         study_table().set_index("method"),
         runs_of_study(),
-        published(),
+        read_runs(),
         spoken,
     )
 
@@ -58,10 +59,10 @@ def compared(what):
 
 
 def gain(*v):
-    from rtdetr_kd.study.results import interval
+    from rtdetr_kd.study.statistics import difference_text
 
     r = compared(" ".join(v))
-    return interval(r.gain, r.low, r.high)
+    return difference_text(r.gain, r.low, r.high)
 
 
 def verdict(*v):
@@ -93,15 +94,15 @@ def runs_of_study():
 
 
 def toy_table():
-    from rtdetr_kd.study.results import markdown
+    from rtdetr_kd.study.tables import markdown
 
     return markdown(study()[1].reset_index())
 
 
 def strength_table():
-    from rtdetr_kd.study.results import markdown, strengths
+    from rtdetr_kd.study.tables import markdown, strength_rows
 
-    return markdown(strengths(study()[3]).round(3).reset_index())
+    return markdown(strength_rows())
 
 
 def bccd():
@@ -112,7 +113,7 @@ def bccd():
 
 def attention_table():
     from rtdetr_kd.study.attention_study import agreement_table
-    from rtdetr_kd.study.results import markdown
+    from rtdetr_kd.study.tables import markdown
 
     return markdown(agreement_table(["cosine_asked"]))
 

@@ -44,10 +44,10 @@ def test_the_peak_and_the_mass_follow_the_attention():
 
 def test_published_figures_are_of_the_published_runs():
     from rtdetr_kd.study.attention_study import agreement_runs, measured
+    from rtdetr_kd.study.records import record
     m = measured()
     for run, f in m["runs"].items():
-        metrics = json.loads((ROOT / f"runs/published/{run}/metrics.json").read_text())
-        assert metrics["data"] == "toy" if "data" in metrics else True
+        assert record(run)["config"]["data"] == "toy"
         assert 0 < f["cosine"] <= 1 and 0 <= f["pointing_student"] <= 1
     assert len(agreement_runs()) == len(m["runs"]) >= 12 and m["images"] == 800
 
@@ -56,6 +56,7 @@ def test_weights_of_another_run_are_refused(tmp_path):
     from rtdetr_kd.study.attention_study import same_as_published
     (tmp_path / "toy-none").mkdir()
     (tmp_path / "toy-none/metrics.json").write_text(json.dumps(dict(AP=.123)))
+    (tmp_path / "toy-none/config.json").write_text("{}")
     with pytest.raises(ValueError, match="these are other weights"): same_as_published(tmp_path / "toy-none")
 
 

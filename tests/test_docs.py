@@ -259,7 +259,7 @@ def test_a_guide_that_claims_more_than_the_study_is_refused():
 def test_index_shows_the_study_as_it_is():
     "Its committed outputs are the table that study.json has and the figure that is committed"
     import base64
-    from rtdetr_kd.study.results import markdown, study_table
+    from rtdetr_kd.study.tables import markdown, study_table
 
     shown = [
         o.get("data", {})

@@ -407,7 +407,7 @@ def test_metrics_and_log(server):
 
 
 def first_fingerprint():
-    from rtdetr_kd.deploy.export import open_model
+    from rtdetr_kd.deploy.open import open_model
     return open_model(TOY, threads=1).about["weights"]
 
 

@@ -8,10 +8,10 @@ import pytest
 from rtdetr_kd.study import grid, runner
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.model.evaluate import coco_ap
-from rtdetr_kd.study.matches import FILE, NAMES, draws, figures, load, matches_of, resampled, save
+from rtdetr_kd.study.matches import NAMES, draws, figures, load, matches_of, packed, resampled, unpacked
+from rtdetr_kd.study.records import log_of, match_bytes, names_in, put_line, put_member, record, records, runs_of_study
 
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT / "runs" / "published"
 
 
 # AP from matches
@@ -29,12 +29,11 @@ def scenes(seed, images=14, classes=3, scores=8):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_ap_from_matches_is_coco_ap_to_the_last_digit(seed, tmp_path):
+def test_ap_from_matches_is_coco_ap_to_the_last_digit(seed):
     gt, found = scenes(seed)
     m = matches_of(gt, found)
-    save(m, tmp_path / "m.xz")
     want = coco_ap(gt, found)
-    assert figures(m) == figures(load(tmp_path / "m.xz")) == {k: want[k] for k in NAMES}
+    assert figures(m) == figures(unpacked(packed(m))) == {k: want[k] for k in NAMES}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -53,15 +52,25 @@ def test_a_resample_is_the_data_set_with_repeated_images(seed):
 
 @pytest.mark.parametrize("run", ["toy-none", "toy-query+cwd-seed=3"])
 def test_published_matches_give_the_published_ap(run):
-    m = json.loads((PUBLISHED / run / "metrics.json").read_text())
-    assert {k: m[k] for k in NAMES} == figures(load(PUBLISHED / run / FILE))
+    m = record(run)["metrics"]
+    assert {k: m[k] for k in NAMES} == figures(load(run))
 
 
 # Statistics
 
+def coverage(rng, seeds, sd, studies, images=50, n=100):
+    "Share of simulated studies whose interval contains the truth, with a mean over images in the place of AP"
+    from rtdetr_kd.study.statistics import interval
+    held = 0
+    for _ in range(studies):
+        x = rng.normal(0, sd[0], seeds) + rng.normal(0, sd[1], (images, 1)) + rng.normal(0, sd[2], (images, seeds))  # (i,s)
+        low, high = interval(x.mean(0), draws(images, n, int(rng.integers(2**31))) @ x / images)
+        held += low <= 0 <= high
+    return held / studies
+
+
 @pytest.mark.parametrize("seeds, sd", [(6, (1, .3, .3)), (6, (1, 1, 1)), (3, (1, .3, .3))])
 def test_coverage_of_the_interval(seeds, sd):
-    from rtdetr_kd.study.statistics import coverage
     assert .93 <= coverage(np.random.default_rng(1), seeds, sd, 1200) <= .97
 
 
@@ -83,7 +92,7 @@ def test_one_seed_is_not_ranked_and_no_seed_in_common_is_refused():
 
 
 def test_the_study_asks_what_the_published_runs_can_answer():
-    from rtdetr_kd.study.tables import comparisons, questions, runs_of_study
+    from rtdetr_kd.study.tables import comparisons, questions
     c, runs = comparisons(), runs_of_study()
     assert sorted(zip(c.variant, c.control)) == sorted(questions(runs)), "runs were published since: python -m rtdetr_kd.study"
     seeds = {v: {*r.seed} for v, r in runs.groupby("variant")}
@@ -92,11 +101,94 @@ def test_the_study_asks_what_the_published_runs_can_answer():
 
 def test_a_kept_comparison_is_computed_again():
     from rtdetr_kd.study.statistics import compare, with_draws
-    from rtdetr_kd.study.tables import comparisons, runs_of_study
+    from rtdetr_kd.study.tables import comparisons
     runs = runs_of_study()
     now = compare(with_draws(runs[runs.variant.isin(["cwd", "none"])], 1000), [("cwd", "none")]).iloc[0]
     kept = comparisons().query("variant == 'cwd' and control == 'none'").iloc[0]
     for k in ("n", "gain", "low", "high", "p"): assert abs(now[k] - kept[k]) < 2e-6, k
+
+
+# Published records
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "Two configurations of the study with two seeds each, and what they give"
+    from rtdetr_kd.study.tables import compute_study
+    folder = tmp_path_factory.mktemp("published")
+    runs = runs_of_study()
+    for name in runs[runs.variant.isin(["none", "cwd"]) & (runs.seed < 2)].run:
+        put_line(folder / "runs.jsonl", record(name))
+        put_member(folder / "matches.tar", f"{name}.npz.xz", match_bytes(name))
+    (folder / "study.json").write_text(json.dumps(compute_study(30, folder)))
+    return folder
+
+
+def refused(folder, says):
+    from rtdetr_kd.study.tables import recomputed
+    with pytest.raises(ValueError, match=says): recomputed(folder)
+
+
+def test_results_that_follow_from_the_runs_pass(small):
+    from rtdetr_kd.study.tables import recomputed
+    recomputed(small)
+
+
+def leaves(v, path=()):
+    "Every cell of nested dicts and lists: its place and its value"
+    inner = v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else None
+    return [(path, v)] if inner is None else [x for k, w in inner for x in leaves(w, (*path, k))]
+
+
+def test_every_falsified_cell_of_the_study_is_found(small):
+    from rtdetr_kd.study.tables import changed_cells
+    study = json.loads((small / "study.json").read_text())
+    for path, v in leaves(study):
+        other = json.loads(json.dumps(study))
+        at = other
+        for k in path[:-1]: at = at[k]
+        at[path[-1]] = v + 1e-5 if isinstance(v, float) else v + 1 if isinstance(v, int) else f"{v}!"
+        assert len(changed_cells(other, study)) == 1, path
+
+
+@pytest.mark.parametrize("row, key, value", [("comparisons", "gain", .2), ("comparisons", "verdict", "better"), ("sizes", "low", .1), ("table", "AP", "0.900 ± 0.001")])
+def test_a_falsified_study_is_refused(small, tmp_path, row, key, value):
+    shutil.copytree(small, tmp_path / "p")
+    study = json.loads((small / "study.json").read_text())
+    study[row][0][key] = value
+    (tmp_path / "p/study.json").write_text(json.dumps(study))
+    refused(tmp_path / "p", f"study.json, {row}, row 1, {key}")
+
+
+@pytest.mark.parametrize("figure", ["AP", "AP75", "APs"])
+def test_a_changed_metric_is_refused(small, tmp_path, figure):
+    shutil.copytree(small, tmp_path / "p")
+    r = record("toy-cwd", small)
+    put_line(tmp_path / "p/runs.jsonl", r | dict(metrics=r["metrics"] | {figure: r["metrics"][figure] + 1e-6}))
+    refused(tmp_path / "p", f"toy-cwd: {figure} is")
+
+
+def test_a_changed_match_is_refused(small, tmp_path):
+    shutil.copytree(small, tmp_path / "p")
+    m = load("toy-cwd", small)
+    k = np.flatnonzero(m.right[:, 0].any(1))[40]
+    m.right[k], m.wrong[k] = False, True  # one detection that was right is called wrong
+    put_member(tmp_path / "p/matches.tar", "toy-cwd.npz.xz", packed(m))
+    refused(tmp_path / "p", "toy-cwd: AP is .* by its matches")
+
+
+def test_the_archive_is_the_same_whatever_the_order(small, tmp_path):
+    names = names_in(small / "matches.tar")
+    for name in reversed(names): put_member(tmp_path / "m.tar", name, match_bytes(name.removesuffix(".npz.xz"), small))
+    assert (tmp_path / "m.tar").read_bytes() == (small / "matches.tar").read_bytes()
+
+
+def test_every_published_run_says_where_it_comes_from():
+    fields = {"run", "commit", "date", "processor", "versions", "data_fingerprint", "cost", "config", "metrics"}
+    for r in records():
+        assert set(r) == fields and set(r["cost"]) == {"seconds", "images"} and r["commit"] and r["date"] and r["versions"]
+        assert (r["cost"]["images"] is not None) == (r["config"]["method"] == "none" or "cost" in r["metrics"])
+        assert not any(str(r["config"][k]).startswith(("/", "~")) for k in ("data", "teacher", "init", "runs"))
+    assert len({r["run"] for r in records()}) == len(records()) and all(log_of(r["run"]) for r in records())
 
 
 # The grid
@@ -196,39 +288,43 @@ def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
 
 
 def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
-    from rtdetr_kd.train.run import train
+    from rtdetr_kd.study.records import publish
     from rtdetr_kd.study.results import reproduce
+    from rtdetr_kd.train.run import train
     kw = dict(data=str(tiny), method="none", size="toy", image_size=64, batch=8, epochs=1, queries=20, workers=0, seed=3)
-    was = train(configure(**kw, runs=str(tmp_path / "published"), name="r"))
-    again = reproduce("r", tmp_path / "again", tmp_path / "published")
+    was = train(configure(**kw, runs=str(tmp_path), name="r"))
+    again = reproduce("r", tmp_path / "again", tmp_path)  # from its folder
     assert again["AP"] == was["AP"] and (tmp_path / "again/r/best.safetensors").exists()
-    kept = tmp_path / "published/r/metrics.json"
-    kept.write_text(json.dumps(was | dict(select_AP=was["select_AP"] + 1e-9)))
+    publish(tmp_path / "r", tmp_path / "published")
+    r = record("r", tmp_path / "published")
+    assert r["metrics"] == was and r["cost"] == dict(seconds=was["train_seconds"], images=24) and r["commit"] and r["date"]
+    assert [row["epoch"] for row in log_of("r", tmp_path / "published")] == [1]
+    put_line(tmp_path / "published/runs.jsonl", r | dict(metrics=was | dict(select_AP=was["select_AP"] + 1e-9)))
     with pytest.raises(ValueError, match="r came out otherwise: select_AP"): reproduce("r", tmp_path / "again", tmp_path / "published")
 
 
 @pytest.mark.slow
 def test_a_run_of_the_study_comes_out_the_same_to_the_last_digit(tmp_path):
     from rtdetr_kd.study.results import reproduce
-    if json.loads((PUBLISHED / "toy-none/metrics.json").read_text())["machine"]["torch"] != __import__("torch").__version__: pytest.skip("another torch than the published run's")
+    if record("toy-none")["metrics"]["machine"]["torch"] != __import__("torch").__version__: pytest.skip("another torch than the published run's")
     reproduce("toy-none", tmp_path)
 
 
 # The paper
 
 def test_the_paper_agrees_with_the_results():
-    from rtdetr_kd.study.paper import check
-    check()
+    from rtdetr_kd.study.paper import check_paper
+    check_paper()
 
 
 def test_a_paper_that_disagrees_is_refused(tmp_path):
-    from rtdetr_kd.study.paper import check
+    from rtdetr_kd.study.paper import check_paper
     shutil.copytree(ROOT / "paper", tmp_path / "paper")
     tex, values, table = (tmp_path / "paper" / f for f in ("paper.tex", "generated/values.tex", "generated/methods.csv"))
     def refused(path, old, new, says):
         text = path.read_text(); assert old in text, old
         path.write_text(text.replace(old, new, 1))
-        with pytest.raises(ValueError, match=says): check(tmp_path / "paper")
+        with pytest.raises(ValueError, match=says): check_paper(tmp_path / "paper")
         path.write_text(text)
     refused(values, "val@ap:none\\endcsname{0.", "val@ap:none\\endcsname{1.", "values.tex differs")
     refused(table, "none,6", "none,7", "methods.csv differs")
@@ -238,9 +334,9 @@ def test_a_paper_that_disagrees_is_refused(tmp_path):
 
 
 def test_without_latex_the_message_says_what_to_install(monkeypatch, tmp_path):
-    from rtdetr_kd.study.paper import build
+    from rtdetr_kd.study.paper import build_paper
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="apt-get install latexmk"): build(tmp_path)
+    with pytest.raises(FileNotFoundError, match="apt-get install latexmk"): build_paper(tmp_path)
 
 
 def test_every_reference_is_cited_and_every_citation_has_one():

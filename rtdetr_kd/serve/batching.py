@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..data.images import as_tensor, open_header, orientation, pixels_of, to_square
-from ..deploy.export import Runner
+from ..deploy.runner import Runner
 
 # %% ../../nbs/serve/00_batching.ipynb #ac16d1d9
 @dataclass

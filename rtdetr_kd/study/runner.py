@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..files import root
-from .grid import STUDIES, Run, estimate, one_name, plan, results_of, settle, spell
+from ..files import one_of, root
+from .grid import STUDIES, Run, estimate, plan, results_of, settle, spell
 
 # %% ../../nbs/study/02_runner.ipynb #c9d5dbc4
 def die_with_parent():
@@ -177,7 +177,7 @@ def ablation(
     dry: bool = False,  # only the plan
 ) -> pd.DataFrame:  # a row for each run
     "Run what is missing of a study, and list what failed; raises ValueError for unknown names"
-    one_name("engine", engine, ["local", "ray"])
+    one_of("engine", engine, ["local", "ray"])
     todo, s = plan(preset, names, seeds, runs, settings), STUDIES[preset]
     workers = workers or (max(1, (os.cpu_count() or 1) // s["threads"]) if s["threads"] else 1)
     counts = pd.Series([r.state for r in todo]).value_counts()
