@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSTS', 'HALF_IS_FOR_DEFORMABLE', 'as_conv', 'half_of', 'UpBlock', 'scaled_qk', 'Attend', 'sample_by_gather',
-           'points_of', 'read_layer', 'fixed_anchors', 'fold_projections', 'Cheap', 'merge_scales', 'in_float',
+           'sampling_points', 'read_layer', 'fixed_anchors', 'fold_projections', 'Cheap', 'merge_scales', 'in_float',
            'select_queries', 'answer_of', 'Plain', 'Deployed']
 
 # %% ../../nbs/deploy/00_graph.ipynb #a6b9e754
@@ -18,6 +18,7 @@ from ..model.attention import DeformableAttention, snap
 from ..model.decoder import anchors, logit, pick
 from ..model.detector import RTDETR, top_detections
 from ..model.encoder import HybridEncoder
+from ..model.folding import fuse
 
 # %% ../../nbs/deploy/00_graph.ipynb #7cd22434
 def as_conv(
@@ -109,7 +110,7 @@ def sample_by_gather(
     return out
 
 # %% ../../nbs/deploy/00_graph.ipynb #a512035b
-def points_of(
+def sampling_points(
     a: DeformableAttention,  # of a decoder layer
     query: Tensor,  # (b,q,d)
     ref: Tensor,  # (b,q,4) cxcywh
@@ -132,7 +133,7 @@ def read_layer(
     "Deformable attention over values that are maps"
     (b, q, _), h, n = query.shape, a.heads, a.levels * a.points
     w = a.attention_weights(query).view(b, q, h, n).softmax(-1)
-    points = points_of(a, query, ref, [v.shape[-2:] for v in values])  # (b,q,h,n,2)
+    points = sampling_points(a, query, ref, [v.shape[-2:] for v in values])  # (b,q,h,n,2)
     grid = (2 * points - 1).transpose(1, 2).reshape(b * h, q, a.levels, a.points, 2)
     seen = [sampler(v.reshape(b * h, -1, *v.shape[-2:]), grid[:, :, l], align_corners=False)
             for l, v in enumerate(values)]  # (b*h,d/h,q,points) each
@@ -269,6 +270,8 @@ class Plain(nn.Module):
         return o.logits, o.boxes
 
 # %% ../../nbs/deploy/00_graph.ipynb #0d1a8cdc
+HALF_IS_FOR_DEFORMABLE = "half precision is there for deformable attention only: export this student in float32"
+
 class Deployed(nn.Module):
     "A detector for a device: what is exported"
     def __init__(self,
@@ -287,17 +290,13 @@ class Deployed(nn.Module):
         self.spec, self.post, self.limit = m.spec, post, limit
         self.eval().requires_grad_(False)
 
-HALF_IS_FOR_DEFORMABLE = "half precision is there for deformable attention only: export this student in float32"
-
-# %% ../../nbs/deploy/00_graph.ipynb #606d7b3f
-@patch
-def forward(self: Deployed,
-    images: Tensor,  # (b,side,side,3) uint8; with post="none" (b,3,side,side) in 0..1
-    sizes: Tensor | None = None,  # (b,2) height and width of the originals, pixels; with post="pixels"
-) -> tuple:  # as `POSTS` says
-    "Detections, the surest first"
-    if self.post == "none": return self.net(images)
-    out = self.net(images.float().permute(0, 3, 1, 2) / 255)  # cast first: TensorRT takes uint8 in no other operation
-    scores, labels, boxes = top_detections(*out, self.limit)
-    boxes = to_xyxy(boxes).clamp(0, 1)
-    return scores, labels, boxes if sizes is None else boxes * sizes.float().flip(1).repeat(1, 2)[:, None]
+    def forward(self,
+        images: Tensor,  # (b,side,side,3) uint8; with post="none" (b,3,side,side) in 0..1
+        sizes: Tensor | None = None,  # (b,2) height and width of the originals, pixels; with post="pixels"
+    ) -> tuple:  # as `POSTS` says
+        "Detections, the surest first"
+        if self.post == "none": return self.net(images)
+        out = self.net(images.float().permute(0, 3, 1, 2) / 255)  # cast first: TensorRT takes uint8 in no other operation
+        scores, labels, boxes = top_detections(*out, self.limit)
+        boxes = to_xyxy(boxes).clamp(0, 1)
+        return scores, labels, boxes if sizes is None else boxes * sizes.float().flip(1).repeat(1, 2)[:, None]
