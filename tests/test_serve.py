@@ -626,6 +626,21 @@ def test_what_cannot_be_served(tmp_path, words, says):
     assert not Path("/tmp/rtdetr_kd_payload_ran").exists()
 
 
+def test_help_keeps_the_token_to_itself(monkeypatch):
+    from rtdetr_kd.serve.main import arguments, option_parser
+    monkeypatch.setenv("RTDETR_KD_TOKEN", "a-secret-word")
+    assert "a-secret-word" not in option_parser().format_help()
+    assert arguments([]).token == "a-secret-word"
+    assert arguments(["--token", "another"]).token == "another"
+
+
+@pytest.mark.parametrize("words", [["--copies", "-3"], ["--threads", "-1"], ["--max-scans", "0"]])
+def test_options_that_make_no_sense(words, capsys):
+    from rtdetr_kd.serve.main import arguments
+    with pytest.raises(SystemExit): arguments(words)
+    assert words[0] in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken():
     from rtdetr_kd.serve.main import main
     with socket.create_server(("127.0.0.1", 0)) as s:

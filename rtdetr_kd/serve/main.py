@@ -27,7 +27,7 @@ def option_parser() -> argparse.ArgumentParser:
     "What the command understands"
     p = argparse.ArgumentParser(prog="python -m rtdetr_kd.serve", description="Serve a detector over HTTP",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add, token = p.add_argument, os.environ.get("RTDETR_KD_TOKEN", "")
+    add = p.add_argument
     add("--weights", type=Path, default=EMBEDDED, help=".onnx, .xml, .safetensors, .engine")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     add("--port", type=int, default=8000)
@@ -35,7 +35,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=0, help="of one inference; 0: what suits the model, timed at the start")
     add("--copies", type=int, default=0, help="that compute at the same time; 0: what suits the model")
     add("--threshold", type=float, default=.3, help="where a request names none")
-    add("--token", default=token, help="that requests must bring; better by $RTDETR_KD_TOKEN")
+    add("--token", default="", help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items():
         add("--wait" if k == "wait" else f"--max-{k}", dest=k, type=type(v), default=v)
     return p
@@ -47,8 +47,11 @@ def arguments(
     "The options as they were given; one that makes no sense ends the command with a sentence"
     p = option_parser()
     a = p.parse_args(words)
+    a.token = a.token or os.environ.get("RTDETR_KD_TOKEN", "")  # not a default: --help prints those
     if not 0 <= a.threshold <= 1: p.error(f"--threshold {a.threshold}: must be between 0 and 1")
     if not 0 <= a.port < 65536: p.error(f"--port {a.port}: must be between 0 and 65535")
+    for k in ("threads", "copies"):
+        if getattr(a, k) < 0: p.error(f"--{k} {getattr(a, k)}: must be 0 (what suits the model) or above")
     for k in vars(Limits()):
         if k != "wait" and not getattr(a, k) > 0: p.error(f"--max-{k} {getattr(a, k)}: must be above 0")
     return a
