@@ -38,12 +38,13 @@ def given(
         found[key] = value
     return found
 
-# %% ../../nbs/train/09_command.ipynb #081e1820
+# %% ../../nbs/train/09_command.ipynb #62f46062
 def usage() -> str:
     "What --help says"
     kind = lambda f: f.type if isinstance(f.type, str) else f.type.__name__
     options = "\n".join(f"  --{f.name} {kind(f)}" for f in fields(Config))
-    return "python -m rtdetr_kd.train_cli [--key value …]; values that are not given follow from the data and the size:\n" + options
+    return ("python -m rtdetr_kd.train_cli [--key value …]; "
+            "values that are not given follow from the data and the size:\n" + options)
 
 # %% ../../nbs/train/09_command.ipynb #60a2ae7d
 def main(

@@ -82,8 +82,8 @@ class Config:
     runs: str = ""  # where run folders lie; empty: the project's runs/
     resume: bool = True  # go on where an interrupted run of this name stopped
 
-# %% ../../nbs/train/00_config.ipynb #f739f124
-TYPED = ("method", "data", "seed")  # parameters that show their default in the notebook; the others follow from the data
+# %% ../../nbs/train/00_config.ipynb #9bf158f3
+TYPED = ("method", "data", "seed")  # these show their default in the notebook; the others follow from the data
 
 def parameters_cell() -> str:
     "The source of the parameters cell of nbs/train.ipynb: every setting with its type and its description"

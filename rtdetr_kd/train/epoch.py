@@ -70,9 +70,9 @@ def updates(self: Learner,
     parts = iter(loader(self.images, self.own_parts(self.batches(self.epoch)[done:]), self.workers()))
     yield from zip(*[parts] * self.c.accumulate)
 
-# %% ../../nbs/train/04_epoch.ipynb #123630c6
+# %% ../../nbs/train/04_epoch.ipynb #87b06533
 def clock(
-    seconds: float,
+    seconds: float,  # how long
 ) -> str:  # m:ss or h:mm:ss
     "A duration as people write it"
     m, s = divmod(int(seconds), 60)

@@ -193,10 +193,10 @@ def of(self: Rehearsal,
     "`Held.of`, where there is something to count"
     return self.held.of(kind) if self.held else nullcontext()
 
-# %% ../../nbs/train/08_memory.ipynb #5b04a8de
+# %% ../../nbs/train/08_memory.ipynb #ebf3afe9
 @patch
 def placed(self: Rehearsal,
-    m: nn.Module,
+    m: nn.Module,  # a network
 ) -> nn.Module:
     "A network where it computes"
     return m if self.held else m.to(self.device, memory_format=torch.channels_last)
@@ -352,8 +352,9 @@ def growth(
     for _ in range(2): r.update(*r.draw(c.batch))
     return status("VmHWM") - before
 
-# %% ../../nbs/train/08_memory.ipynb #27176871
-AT_ONCE = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1")
+# %% ../../nbs/train/08_memory.ipynb #0d7886d4
+AT_ONCE = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1",
+               OMP_NUM_THREADS="1")
 
 def resident(
     c: Config,  # with precision='float32'

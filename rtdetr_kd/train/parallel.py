@@ -115,7 +115,7 @@ class Summed(torch.autograd.Function):
         dist.all_reduce(g)
         return g
 
-# %% ../../nbs/train/01_parallel.ipynb #396d47ea
+# %% ../../nbs/train/01_parallel.ipynb #017dc81d
 class SharedNorm(nn.BatchNorm2d):
     "A batch norm over the images of all processes"
     def forward(self,
@@ -128,7 +128,8 @@ class SharedNorm(nn.BatchNorm2d):
         μ = add(x) / n
         var = add((x.float() - μ[:, None, None])**2) / n
         with torch.no_grad():
-            for kept, new in ((self.running_mean, μ), (self.running_var, var * n / (n - 1))): kept.lerp_(new, self.momentum)
+            self.running_mean.lerp_(μ, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
         return (x * scale[:, None, None] + (self.bias - μ * scale)[:, None, None]).to(x.dtype)
@@ -182,9 +183,9 @@ def plain_layout(
 
 # %% ../../nbs/train/01_parallel.ipynb #07e867f0
 TOO_LITTLE = ("out of memory", "not enough memory", "can't allocate memory")  # as torch says it
-TOO_MUCH = ("batch={c.batch} with accumulate={c.accumulate} at image_size={c.image_size} needs more memory than there is: "
-            "start the same command with checkpoint='all', and it goes on from its last state; or begin another run with "
-            "accumulate={twice}, a smaller batch or image_size (train/memory says what fits)")
+TOO_MUCH = ("batch={c.batch} with accumulate={c.accumulate} at image_size={c.image_size} needs more memory than "
+            "there is: start the same command with checkpoint='all', and it goes on from its last state; "
+            "or begin another run with accumulate={twice}, a smaller batch or image_size (train/memory says what fits)")
 
 @contextmanager
 def enough_memory(

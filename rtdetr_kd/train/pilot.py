@@ -119,9 +119,9 @@ def stages(self: Learner,
         self.epoch += 1
     return found
 
-# %% ../../nbs/train/05_pilot.ipynb #01b2dee3
+# %% ../../nbs/train/05_pilot.ipynb #f8f7aff0
 NOT_THE_PILOTS = ("seed", "lam", "rho", *FREE, "epochs", "max_minutes", "max_steps", "eval_every",
-                  "data", "teacher", "init", "cache", "cache_views")  # settings by which a pilot's result is not looked up
+                  "data", "teacher", "init", "cache", "cache_views")  # a pilot is not looked up by them
 
 def source_of(
     parts: dict,  # name -> Method

@@ -49,9 +49,9 @@ def judged(self: Learner,
     found.sort(key=lambda d: at[d["image_id"]])
     return coco_ap(ground_truth(split), found), found
 
-# %% ../../nbs/train/07_run.ipynb #8c904cde
-SCORES_TOO_LOW = ("  after {step} steps no score is above {most:.2f}: if that stays while the loss falls, lr={c.lr} is too high "
-                  "for a batch of {c.batch}; halve it")
+# %% ../../nbs/train/07_run.ipynb #fa656084
+SCORES_TOO_LOW = ("  after {step} steps no score is above {most:.2f}: if that stays while the loss falls, "
+                  "lr={c.lr} is too high for a batch of {c.batch}; halve it")
 
 @patch
 def tell_of_scores(self: Learner,

@@ -77,8 +77,8 @@ def forward(self: Trained,
         return touched(terms, self) if self.many else terms
 
 # %% ../../nbs/train/03_step.ipynb #7bdb0a48
-ONE_CELL = ("batch=1 at image_size={c.image_size}: the coarsest map is a single cell, and a batch norm needs two numbers: "
-            "take batch=2 or a larger image")
+ONE_CELL = ("batch=1 at image_size={c.image_size}: the coarsest map is a single cell, and a batch norm "
+            "needs two numbers: take batch=2 or a larger image")
 TOO_FEW = "batch={c.batch} is more than the {n} training images: take a smaller batch"
 NO_IMAGE_LEFT = ("batch={c.batch} is shared by {ranks} processes with accumulate={c.accumulate}, and every part needs "
                  "an image: give batch={parts} or more, or a smaller accumulate")
@@ -264,7 +264,7 @@ def judge(self: Learner,
         raise FloatingPointError(OVERFLOWS.format(skipped=self.skipped, step=self.step))
     return terms
 
-# %% ../../nbs/train/03_step.ipynb #026a1304
+# %% ../../nbs/train/03_step.ipynb #707a50ff
 @patch
 def write_bad_step(self: Learner,
     parts: list,  # micro-batches: images, targets
@@ -274,8 +274,9 @@ def write_bad_step(self: Learner,
     broken = [k for k, v in self.trained.state_dict().items() if not self.cut and not v.isfinite().all()]
     path = self.folder / f"bad_step{f'-{self.rank}' if self.rank else ''}.json"
     self.folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(step=self.step, epoch=self.epoch, lr=self.opt.param_groups[0]["lr"], precision=str(self.dtype),
-               weights=broken, images=[self.images.split.files[r] for r in rows if 0 <= r < len(self.images)]))
+    images = [self.images.split.files[r] for r in rows if 0 <= r < len(self.images)]
+    write_json(path, dict(step=self.step, epoch=self.epoch, lr=self.opt.param_groups[0]["lr"],
+                          precision=str(self.dtype), weights=broken, images=images))
     return path.name
 
 # %% ../../nbs/train/03_step.ipynb #209ddf47
