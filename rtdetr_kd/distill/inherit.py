@@ -50,6 +50,9 @@ class Anatomy:
 
     def inner(self, kind, k): return f"{kind}{k}" if self.whole else f"{kind}{k}.in"  # inside a fusion block
 
+    def stacked(self, kind, k):  # two maps, one behind the other, that a fusion block reads
+        return f"lateral{k}+S{k + 1}" if kind == "fpn" else f"down{k}+lateral{k}"
+
     def finest(self, l):  # the encoder's map of a level
         return f"fpn{l - 1}" if l and l == self.levels - 1 else f"pan{l}" if self.levels > 1 else "S0"
 
@@ -66,6 +69,8 @@ def anatomy(
 # %% ../../nbs/distill/08_inherit.ipynb #67b0cfa2
 BLOCK, FUSE = r"backbone\.res_layers\.(\d+)\.blocks", r"encoder\.(fpn|pan)_blocks\.(\d+)"
 LAYER = r"decoder\.decoder\.layers\.(\d+)"
+
+# %% ../../nbs/distill/08_inherit.ipynb #aacbb37e
 MODULES = [  # name, what it writes and reads
     (r"backbone\.conv1\.conv1_1", lambda n: ("stem1", "rgb")),
     (r"backbone\.conv1\.conv1_2", lambda n: ("stem2", "stem1")),
@@ -82,7 +87,7 @@ MODULES = [  # name, what it writes and reads
     (r"encoder\.encoder\.0\.layers\.0\.norm[12]", lambda n: ("S0", "")),
     (r"encoder\.lateral_convs\.(\d+)", lambda n, k: (f"lateral{k}", f"fpn{k - 1}" if k else "S0")),
     (r"encoder\.downsample_convs\.(\d+)", lambda n, l: (f"down{l}", n.finest(l + 1))),
-    (rf"{FUSE}\.conv[12]", lambda n, s, k: (n.inner(s, k), dict(fpn=f"lateral{k}+S{k + 1}", pan=f"down{k}+lateral{k}")[s])),
+    (rf"{FUSE}\.conv[12]", lambda n, s, k: (n.inner(s, k), n.stacked(s, k))),
     (rf"{FUSE}\.bottlenecks\.\d+\.conv[12]", lambda n, s, k: (n.inner(s, k), n.inner(s, k))),
     (rf"{FUSE}\.conv3", lambda n, s, k: (f"{s}{k}", n.inner(s, k))),
     (r"decoder\.input_proj\.(\d+)", lambda n, l: ("memory", n.finest(l))),
