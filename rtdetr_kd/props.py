@@ -7,14 +7,13 @@ __all__ = ['NAMES', 'STUDENT', 'tiny_data', 'own_cache', 'tiny', 'batch', 'overf
            'exported_student']
 
 # %% ../nbs/props.ipynb #a52651b6
-import shutil, tempfile
+import atexit, os, shutil, tempfile
+from functools import cache
 from pathlib import Path
 
 from .files import root
 
 # %% ../nbs/props.ipynb #4f90c08e
-import os, tempfile
-
 from .data.toy import write_split
 
 # %% ../nbs/props.ipynb #b6d78ee7
@@ -96,9 +95,6 @@ def overfit(
     return model.eval()
 
 # %% ../nbs/props.ipynb #64460af5
-import atexit, shutil
-from functools import cache
-
 from .train.config import Config, configure
 
 # %% ../nbs/props.ipynb #feba447f

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from .teacher import layer_pairs, same_cell, same_names
 from ..files import one_of
-from ..model.detector import RTDETR, stages
+from ..model.detector import RTDETR
+from ..model.sizes import stages
 
 # %% ../../nbs/distill/08_inherit.ipynb #f5dc612a
 FROM_THE_END = {r"(?:encoder|decoder)\.input_proj": 1, r"encoder\.(?:downsample_convs|pan_blocks)": 2}
