@@ -46,7 +46,8 @@ def directives(cell) -> str:
     return " ".join(re.findall(r"^#\|\s*(.+)$", cell.source, re.M))
 
 
-CHECKS = re.compile(r"(?:assert |test_\w+\(|for .*: (?:assert|test_\w+)|with |    )")  # what a line of a check begins with
+# what a line of a check begins with
+CHECKS = re.compile(r"(?:assert |test_\w+\(|for .*: (?:assert|test_\w+)|with |    )")
 
 
 def is_check(source: str) -> bool:
@@ -164,7 +165,8 @@ def chapter(path: Path, modules: dict, entries: dict):
     first = nb.cells[0]
     first.source = re.sub(r"^> (.+)$", r"{.lead}\n\1", first.source, count=1, flags=re.M)
     more = [f"[API of `{own}`]({'../' * name.count('/')}api/{own}.md)"] if own else []
-    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({source_url}/nbs/{path.relative_to(root / 'nbs').as_posix()})"])
+    file = f"{source_url}/nbs/{path.relative_to(root / 'nbs').as_posix()}"
+    first.source += "\n\n{.where}\n" + " · ".join([*more, f"[this notebook]({file})"])
     return nb
 
 

@@ -113,7 +113,8 @@ PUBLIC = {  # rtdetr_kd.<room>: {module: names}
     "distill": dict(teacher="Teacher Method", mixtures="METHODS make_method"),
     "train": dict(config="Config configure", run="train", memory="predict_memory which_batch"),
     "study": dict(runner="ablation", records="read_runs publish", statistics="compare with_draws"),
-    "deploy": dict(open="open_model", export="write_onnx write_openvino", tensorrt="build_engine", quantize="write_int8"),
+    "deploy": dict(open="open_model", export="write_onnx write_openvino",
+                   tensorrt="build_engine", quantize="write_int8"),
     "serve": dict(app="create_app", batching="Limits"),
 }
 
