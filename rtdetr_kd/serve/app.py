@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..deploy.runner import Runner
-from .batching import (BUSY, NOT_AN_IMAGE, TOO_MANY_PIXELS, UNDECODABLE, Asked, Limits, Refused,
+from .batching import (BUSY, NOT_AN_IMAGE, TOO_MANY_PIXELS, UNDECODABLE, DetectQuery, Limits, Refused,
                                       Service, detect_image, log, warm_up)
 from .worker_process import PROCESS_GONE, open_served
 
@@ -47,7 +47,7 @@ async def read_query(
     max_detections: Annotated[int, Query(ge=1, le=300, description=SUREST)] = 300,  # of a picture
     classes: Annotated[str, Query(max_length=4000, description=ONLY)] = "",  # names, with commas between
     format: Annotated[Literal["json", "coco"], Query(description=ROWS)] = "json",  # of the answer
-) -> Asked:
+) -> DetectQuery:
     "The query of a request; `Refused` for a class that the model has not"
     service = request.app.state.service
     names = service.worker.runner.names
@@ -57,7 +57,7 @@ async def read_query(
         message = NO_CLASS.format(name=unknown[0][:60], names=", ".join(names)[:2000])
         raise Refused(422, "parameter", message)
     numbers = {k for k, n in enumerate(names) if n in wanted} if wanted else None
-    return Asked(service.threshold if threshold is None else threshold, max_detections, numbers, format)
+    return DetectQuery(service.threshold if threshold is None else threshold, max_detections, numbers, format)
 
 # %% ../../nbs/serve/02_app.ipynb #0a60b949
 class Detection(BaseModel):
@@ -391,7 +391,7 @@ JPEG = {"image/jpeg": dict(schema=dict(type="string", format="binary"))}
              responses=error_docs() | found_docs(EXAMPLE, **JPEG))
 async def detect(
     request: Request,  # with one picture
-    asked: Annotated[Asked, Depends(read_query)],  # threshold, limit, classes, format
+    asked: Annotated[DetectQuery, Depends(read_query)],  # threshold, limit, classes, format
 ):
     "Objects in one image; with `Accept: image/jpeg`, the image with its boxes"
     service = ready_service(request)
@@ -409,7 +409,7 @@ DAMAGED = Refused(400, "undecodable", "the JPEG image is damaged", "b.jpg").body
              responses=error_docs() | found_docs(dict(results=[EXAMPLE, DAMAGED])))
 async def detect_batch(
     request: Request,  # with pictures
-    asked: Annotated[Asked, Depends(read_query)],  # threshold, limit, classes, format
+    asked: Annotated[DetectQuery, Depends(read_query)],  # threshold, limit, classes, format
 ):
     "Many images: a result or an error for each, in their order"
     service = ready_service(request)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_AN_IMAGE', 'TOO_MANY_PIXELS', 'TOO_MANY_SCANS', 'UNDECODABLE', 'BUSY', 'MARKER', 'SEGMENTS',
            'NOT_FINITE', 'CONSTANT', 'log', 'CORES', 'Limits', 'Refused', 'check_scans', 'read_header', 'decode_image',
-           'model_input', 'Metrics', 'Waiting', 'Worker', 'check_answer', 'warm_up', 'Asked', 'select_detections',
-           'Seen', 'as_coco', 'as_json', 'draw_boxes', 'Service', 'prepare_image', 'detect_image']
+           'model_input', 'Metrics', 'Waiting', 'Worker', 'check_answer', 'warm_up', 'DetectQuery', 'select_detections',
+           'Seen', 'as_coco', 'as_json', 'picture_with_boxes', 'Service', 'prepare_image', 'detect_image']
 
 # %% ../../nbs/serve/00_batching.ipynb #ad2877ea
 import asyncio, io, logging, os, queue, re, signal, threading, time
@@ -272,7 +272,7 @@ def stop(self: Worker):
 
 # %% ../../nbs/serve/00_batching.ipynb #cfbd16df
 @dataclass
-class Asked:
+class DetectQuery:
     "What a request wants to know"
     threshold: float  # lowest score
     limit: int  # detections of a picture
@@ -284,7 +284,7 @@ def select_detections(
     out: list,  # scores (k,), labels (k,), boxes (k,4) xyxy fractions
     w: int,  # of the picture, pixels
     h: int,  # of the picture, pixels
-    asked: Asked,  # threshold, limit and classes
+    asked: DetectQuery,  # threshold, limit and classes
 ) -> tuple:  # rows of (score, label, [x1, y1, x2, y2] in pixels), how many were no numbers
     "The detections that were asked for, the surest first"
     scores, labels, boxes = out
@@ -329,7 +329,7 @@ def as_json(
                 detections=found)
 
 # %% ../../nbs/serve/00_batching.ipynb #60bf315e
-def draw_boxes(
+def picture_with_boxes(
     image: np.ndarray,  # (h,w,3) uint8
     rows: list,  # from `select_detections`
     names: list,  # of the classes
@@ -432,7 +432,7 @@ async def detect_image(
     service: Service,  # with its model
     name: str | None,  # what the client calls the picture; only ever sent back
     data: bytes,  # of a file
-    asked: Asked,  # threshold, limit, classes, format
+    asked: DetectQuery,  # threshold, limit, classes, format
     draw: bool = False,  # the picture itself, as a JPEG
 ):  # dict, list or bytes
     "One picture: bytes to an answer; `Refused` with its name"
@@ -440,7 +440,7 @@ async def detect_image(
     def finish():
         rows, bad = select_detections(out, seen.width, seen.height, asked)
         service.metrics.nonfinite.inc(bad)
-        if draw: return draw_boxes(decode_image(data, limits)[0], rows, runner.names)
+        if draw: return picture_with_boxes(decode_image(data, limits)[0], rows, runner.names)
         return as_coco(rows, name, runner) if asked.format == "coco" else as_json(rows, seen, runner)
     try:
         x, seen = await service.in_pool("decode", lambda: prepare_image(name, data, limits, runner.size))
