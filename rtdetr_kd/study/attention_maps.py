@@ -18,7 +18,7 @@ from ..model.detector import RTDETR, Signals
 # %% ../../nbs/study/08_attention_maps.ipynb #e136ab98
 @torch.no_grad()
 def looks(
-    model: RTDETR,
+    model: RTDETR,  # put into evaluation mode
     images: Tensor,  # (b,3,h,w) in 0..1
     questions: tuple | None = None,  # cells (b,k) and boxes (b,k,4) to ask about, instead of its own
 ) -> Signals:  # with sampling points (l,b,q,heads,levels,p,2) and weights (l,b,q,heads,levels,p)
@@ -66,7 +66,7 @@ def attention_map(
 
 # %% ../../nbs/study/08_attention_maps.ipynb #31bd24a9
 def draw_look(
-    ax: plt.Axes,
+    ax: plt.Axes,  # to draw in
     image: Tensor,  # (3,h,w) in 0..1
     points: Tensor,  # (heads,levels,p,2) fractions of the image
     weights: Tensor,  # (heads,levels,p)

@@ -75,7 +75,7 @@ def compare_looks(
 OTHER_KIND = "'{}' differs from the teacher or the data in its classes or image size: attention can be compared for the same images and classes only"
 
 def agreement(
-    teacher: RTDETR,
+    teacher: RTDETR,  # whose looks are the measure
     students: dict,  # name: RTDETR
     split,  # a Split of the teacher's classes
     batch: int = 50,  # images

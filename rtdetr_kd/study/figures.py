@@ -74,7 +74,7 @@ def draw_comparison(
     return fig
 
 def write_at_edge(
-    ax: plt.Axes,
+    ax: plt.Axes,  # of the figure
     r,  # a row of `comparisons`
     y: float,  # of its line
     left: float,  # the edge
@@ -205,8 +205,8 @@ def hits(
 
 # %% ../../nbs/study/07_figures.ipynb #9cef7f5c
 def differing_images(
-    student: RTDETR,
-    teacher: RTDETR,
+    student: RTDETR,  # a network of the split's classes
+    teacher: RTDETR,  # a network of the split's classes
     split,  # a Split with images on disk
     among: int = 200,  # the first so many images
     n: int = 3,  # how many are wanted
@@ -223,7 +223,7 @@ def differing_images(
 
 # %% ../../nbs/study/07_figures.ipynb #a49d06b0
 def draw_boxes(
-    ax: plt.Axes,
+    ax: plt.Axes,  # to draw in
     image,  # what imshow takes
     boxes: np.ndarray,  # (n,4) xyxy, pixels
     names: list,  # of n classes
@@ -238,8 +238,8 @@ def draw_boxes(
 
 # %% ../../nbs/study/07_figures.ipynb #6c49ab47
 def draw_examples(
-    student: RTDETR,
-    teacher: RTDETR,
+    student: RTDETR,  # a network of the split's classes
+    teacher: RTDETR,  # a network of the split's classes
     split,  # a Split with images on disk
     **kw,  # of `differing_images`
 ) -> plt.Figure:
@@ -267,7 +267,7 @@ def figures_of_study() -> dict:  # name: function that draws it
 
 # %% ../../nbs/study/07_figures.ipynb #1a143379
 def save_figure(
-    fig: plt.Figure,
+    fig: plt.Figure,  # drawn
     path: Path,  # without its ending
     most: int = 150_000,  # bytes of the PNG: with photographs it has fewer colours
 ):

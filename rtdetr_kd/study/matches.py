@@ -42,7 +42,7 @@ def kept_rows(
     cls: np.ndarray,  # (n,) class of each detection, rising
     code: np.ndarray,  # (n,) number of its pattern of bits
     image: np.ndarray,  # (n,) position of its image
-    classes: int,
+    classes: int,  # how many there are
 ) -> np.ndarray:  # (k,) rows that are kept, in their new order
     "Detections up to the last right one of each class; wrong ones between two right ones by pattern and image"
     ever = right.any((1, 2))
@@ -84,7 +84,7 @@ def matches_of(
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
 
 def figures(
-    m: Matches,
+    m: Matches,  # of a run
     weight: np.ndarray | None = None,  # (i,) how often each image counts; None: once
 ) -> dict:  # the six APs; None where there is no such object
     "COCO's APs, equal to `coco_ap`'s to the last digit"
@@ -134,7 +134,7 @@ def class_ap(
 
 # %% ../../nbs/study/04_matches.ipynb #26319433
 def events(
-    m: Matches,
+    m: Matches,  # of a run
     c: int,  # class
     a: int,  # range of area
     W: np.ndarray,  # (i,r) float32: how often each image counts
@@ -153,7 +153,7 @@ def events(
 
 # %% ../../nbs/study/04_matches.ipynb #1261a20e
 def class_aps(
-    m: Matches,
+    m: Matches,  # of a run
     c: int,  # class
     a: int,  # range of area
     W: np.ndarray,  # (i,r) float32: how often each image counts
@@ -170,7 +170,7 @@ PARTS = dict(AP=(0, slice(10)), AP50=(0, slice(1)), AP75=(0, slice(5, 6)),
              APs=(1, slice(10)), APm=(2, slice(10)), APl=(3, slice(10)))  # range of area, thresholds
 
 def resampled(
-    m: Matches,
+    m: Matches,  # of a run
     weights: np.ndarray,  # (r,i) how often each image counts in each resample
     names: list = NAMES,  # which figures
 ) -> np.ndarray:  # (r, figures); nan where there is no such object
@@ -187,16 +187,16 @@ def resampled(
 
 # %% ../../nbs/study/04_matches.ipynb #b077535a
 def draws(
-    images: int,
+    images: int,  # of the split
     n: int = 1000,  # resamples
-    seed: int = 0,
+    seed: int = 0,  # of the generator
 ) -> np.ndarray:  # (n, images)
     "How often each image is drawn, in each resample: the same for all models, so that differences are paired"
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
 
 # %% ../../nbs/study/04_matches.ipynb #e982e896
 def packed(
-    m: Matches,
+    m: Matches,  # of a run
 ) -> bytes:
     "About a hundred kilobytes for 800 images"
     rows, code = patterns(m.right, m.wrong)

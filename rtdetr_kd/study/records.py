@@ -70,7 +70,7 @@ def put_line(
 def put_member(
     path: Path,  # of a .tar file, which need not be there
     name: str,  # of the member
-    data: bytes,
+    data: bytes,  # its content
 ):
     "Put a file among the others of an archive, or in the place of its earlier version"
     members = {**members_of(path), name: data}

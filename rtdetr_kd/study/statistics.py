@@ -149,7 +149,7 @@ def verdict(
     n: int,  # seeds
     gain: float,  # the mean difference
     p: float,  # corrected
-    level: float = .05,
+    level: float = .05,  # of the corrected p-value
 ) -> str:
     "What was shown, in words"
     if n < 2: return "one seed: not ranked"
@@ -161,8 +161,8 @@ def seeds_needed(
     sd: float,  # of the paired differences between seeds
     image_part: float = 0.,  # variance due to the images
     power: float = .8,  # the chance that it is shown
-    level: float = .05,
-    most: int = 1000,
+    level: float = .05,  # of the test, two-sided
+    most: int = 1000,  # seeds that are tried
 ) -> int | None:
     "Seeds that show a difference with this chance; None if no number up to `most` does"
     for n in range(2, most + 1):

@@ -83,7 +83,7 @@ def overview(
 SIZES_OF = ("AP", "APs", "APm")  # figures that methods are compared by
 
 def plain(
-    t: pd.DataFrame,
+    t: pd.DataFrame,  # of numbers and texts
 ) -> list:  # of dicts
     "A frame as JSON holds it, six digits"
     return json.loads(t.round(6).to_json(orient="records"))
@@ -256,7 +256,7 @@ PIPE = TableFormat(lineabove=None, linebelowheader=lambda widths, aligns: "| " +
                    linebelow=None, headerrow=DataRow("| ", " | ", " |"), datarow=DataRow("| ", " | ", " |"), padding=0, with_header_hide=None)
 
 def markdown(
-    t: pd.DataFrame,
+    t: pd.DataFrame,  # of texts
 ) -> str:
     "A pipe table"
     return t.to_markdown(index=False, tablefmt=PIPE, disable_numparse=True, stralign=None, numalign=None)
