@@ -7,8 +7,8 @@ from conftest import ROOT
 
 from rtdetr_kd.distill.inherit import anatomy, by_level, cut_out, evenly, inherit, measure_norms, scramble, streams
 from rtdetr_kd.model.detector import RTDETR, Spec
-from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.losses import detection_losses
+from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import load_model, save_model
 from rtdetr_kd.props import NAMES, batch
 

@@ -71,18 +71,20 @@ def draw_look(
     points: Tensor,  # (heads,levels,p,2) fractions of the image
     weights: Tensor,  # (heads,levels,p)
     box: Tensor,  # (4,) cxcywh
-    title: str = "",
+    title: str = "",  # of the axes
     grid: int = 20,  # cells a side of the map
 ):
     "Map, sampling points and box over the image"
     h, w = image.shape[-2:]
     A = blur(splat(points[None], weights[None], grid, grid))[0]
     draw(image * .75 + .25, to_pixels(box[None], w, h), ax=ax, color="black")
-    ax.imshow(A, cmap="Purples", alpha=(A / A.max().clamp(min=1e-9)).sqrt().numpy() * .55, extent=(0, w, h, 0), interpolation="bilinear")
+    shade = (A / A.max().clamp(min=1e-9)).sqrt().numpy() * .55
+    ax.imshow(A, cmap="Purples", alpha=shade, extent=(0, w, h, 0), interpolation="bilinear")
     p, a = points.flatten(0, 2) * points.new_tensor([w, h]), weights.flatten()
     top = a.topk(min(96, len(a))).indices  # of dense attention: the cells that matter
     ax.scatter(*p[top].T, s=90 * (a[top] / a.max()), facecolors="none", edgecolors="C1", linewidths=.9)
-    ax.set(xlim=(0, w), ylim=(h, 0)); ax.set_title(title, fontsize=8)
+    ax.set(xlim=(0, w), ylim=(h, 0))
+    ax.set_title(title, fontsize=8)
 
 # %% ../../nbs/study/08_attention_maps.ipynb #f997f890
 def draw_pair(

@@ -72,7 +72,8 @@ def compare_looks(
     return pd.concat(parts)
 
 # %% ../../nbs/study/09_attention_study.ipynb #504f8d23
-OTHER_KIND = "'{}' differs from the teacher or the data in its classes or image size: attention can be compared for the same images and classes only"
+OTHER_KIND = ("'{}' differs from the teacher or the data in its classes or image size: attention can be "
+              "compared for the same images and classes only")
 
 def agreement(
     teacher: RTDETR,  # whose looks are the measure
