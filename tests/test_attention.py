@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def papermill(*words, **env):
     exe = Path(sys.executable).with_name("papermill")
-    return subprocess.run([exe, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=500, stdin=subprocess.DEVNULL, env={**os.environ, **env})
+    return subprocess.run([exe, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=500,
+                          stdin=subprocess.DEVNULL, env={**os.environ, **env})
 
 
 @pytest.mark.parametrize("ours, theirs", [("deformable", "dense"), ("dense", "deformable"), ("dense", "dense")])
@@ -68,8 +69,12 @@ def test_the_notebook_as_it_is_typed(tmp_path):
     from rtdetr_kd.model.sizes import SIZES
     from rtdetr_kd.model.weights import save_model
     torch.manual_seed(0)
-    save_model(RTDETR(Spec(load_data("toy")["val"].names, **SIZES["toy"], attention="dense")), tmp_path / "dense.safetensors")
-    r = papermill("nbs/attention.ipynb", tmp_path / "out.ipynb", "-p", "weights", tmp_path / "dense.safetensors", "-p", "image", ROOT / "figures/scene.jpg",
-                  "-p", "heads", "True", "-p", "images", 4, "-p", "out", tmp_path)
+    save_model(RTDETR(Spec(load_data("toy")["val"].names, **SIZES["toy"], attention="dense")),
+               tmp_path / "dense.safetensors")
+    r = papermill("nbs/attention.ipynb", tmp_path / "out.ipynb", "-p", "weights", tmp_path / "dense.safetensors",
+                  "-p", "image", ROOT / "figures/scene.jpg", "-p", "heads", "True", "-p", "images", 4, "-p", "out",
+                  tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
-    assert {f.suffix for f in tmp_path.glob("attention-scene-object=0.*")} == {".png", ".pdf"} and (tmp_path / "heads-scene-object=0.png").stat().st_size > 10_000
+    assert {f.suffix
+            for f in tmp_path.glob("attention-scene-object=0.*")
+            } == {".png", ".pdf"} and (tmp_path / "heads-scene-object=0.png").stat().st_size > 10_000

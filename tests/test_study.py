@@ -1,4 +1,4 @@
-"The study: AP from kept matches, intervals that keep their promise, a grid that goes through to the end, a paper that agrees with its results"
+"The study: AP from kept matches, intervals that hold, a grid that ends, a paper that agrees with its results"
 import json, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 
@@ -19,13 +19,27 @@ ROOT = Path(__file__).resolve().parent.parent
 def scenes(seed, images=14, classes=3, scores=8):
     "Random truth and detections: crowds, equal scores, ignored sizes, a class without objects"
     rng = np.random.default_rng(seed)
-    anns = [dict(id=k, image_id=int(rng.integers(images)), category_id=int(rng.integers(classes - 1)), iscrowd=int(rng.random() < .1),
-                 bbox=[*map(float, rng.uniform(0, 60, 2)), *map(float, rng.lognormal(3.4, .8, 2))]) for k in range(50)]
+    anns = [
+        dict(id=k, image_id=int(rng.integers(images)), category_id=int(rng.integers(classes - 1)),
+             iscrowd=int(rng.random() < .1),
+             bbox=[*map(float, rng.uniform(0, 60, 2)), *map(float, rng.lognormal(3.4, .8, 2))]) for k in range(50)
+    ]
     for a in anns: a["area"] = a["bbox"][2] * a["bbox"][3]
-    near = [dict(image_id=a["image_id"], category_id=a["category_id"], bbox=[v + float(rng.normal(0, 3)) for v in a["bbox"]], score=float(rng.integers(scores)) / scores) for a in anns for _ in range(2)]
+    near = [
+        dict(image_id=a["image_id"], category_id=a["category_id"],
+             bbox=[v + float(rng.normal(0, 3))
+                   for v in a["bbox"]], score=float(rng.integers(scores)) / scores)
+        for a in anns
+        for _ in range(2)
+    ]
     for x in near: x["bbox"][2:] = [max(v, 1.) for v in x["bbox"][2:]]
-    far = [dict(image_id=int(rng.integers(images)), category_id=int(rng.integers(classes)), bbox=[*map(float, rng.uniform(0, 80, 2)), 20., 30.], score=float(rng.integers(scores)) / scores) for _ in range(120)]
-    return dict(images=[dict(id=k) for k in range(images)], categories=[dict(id=k) for k in range(classes)], annotations=anns), near + far
+    far = [
+        dict(image_id=int(rng.integers(images)), category_id=int(rng.integers(classes)),
+             bbox=[*map(float, rng.uniform(0, 80, 2)), 20., 30.], score=float(rng.integers(scores)) / scores)
+        for _ in range(120)
+    ]
+    return dict(images=[dict(id=k) for k in range(images)], categories=[dict(id=k) for k in range(classes)],
+                annotations=anns), near + far
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -40,7 +54,9 @@ def test_ap_from_matches_is_coco_ap_to_the_last_digit(seed):
 def test_a_resample_is_the_data_set_with_repeated_images(seed):
     gt, found = scenes(seed, scores=10**6)
     w = draws(14, 3, seed)
-    copies = lambda rows, n: [x | dict(image_id=100 * (x["image_id"] + 1) + r) for x in rows for r in range(n[x["image_id"]])]
+    copies = lambda rows, n: [
+        x | dict(image_id=100 * (x["image_id"] + 1) + r) for x in rows for r in range(n[x["image_id"]])
+    ]
     fast = resampled(matches_of(gt, found), w)
     for n, row in zip(w, fast):
         anns = [a | dict(id=k + 1) for k, a in enumerate(copies(gt["annotations"], n))]
@@ -63,7 +79,8 @@ def coverage(rng, seeds, sd, studies, images=50, n=100):
     from rtdetr_kd.study.statistics import interval
     held = 0
     for _ in range(studies):
-        x = rng.normal(0, sd[0], seeds) + rng.normal(0, sd[1], (images, 1)) + rng.normal(0, sd[2], (images, seeds))  # (i,s)
+        x = rng.normal(0, sd[0], seeds) + rng.normal(0, sd[1], (images, 1)) + rng.normal(0, sd[2],
+                                                                                         (images, seeds))  # (i,s)
         low, high = interval(x.mean(0), draws(images, n, int(rng.integers(2**31))) @ x / images)
         held += low <= 0 <= high
     return held / studies
@@ -86,7 +103,10 @@ def test_the_percentiles_would_not_have_done():
 def test_one_seed_is_not_ranked_and_no_seed_in_common_is_refused():
     import pandas as pd
     from rtdetr_kd.study.statistics import compare
-    runs = pd.DataFrame([dict(variant=v, seed=s, AP=.5 + s + (v == "a"), draws=np.full((9, 1), .5)) for v, s in (("a", 0), ("b", 0), ("c", 1))])
+    runs = pd.DataFrame([
+        dict(variant=v, seed=s, AP=.5 + s + (v == "a"), draws=np.full((9, 1), .5))
+        for v, s in (("a", 0), ("b", 0), ("c", 1))
+    ])
     assert compare(runs, [("a", "b")]).verdict.tolist() == ["one seed: not ranked"]
     with pytest.raises(ValueError, match="no seed in common"): compare(runs, [("a", "c")])
 
@@ -94,7 +114,8 @@ def test_one_seed_is_not_ranked_and_no_seed_in_common_is_refused():
 def test_the_study_asks_what_the_published_runs_can_answer():
     from rtdetr_kd.study.tables import comparisons, questions
     c, runs = comparisons(), runs_of_study()
-    assert sorted(zip(c.variant, c.control)) == sorted(questions(runs)), "runs were published since: python -m rtdetr_kd.study"
+    assert sorted(zip(c.variant,
+                      c.control)) == sorted(questions(runs)), "runs were published since: python -m rtdetr_kd.study"
     seeds = {v: {*r.seed} for v, r in runs.groupby("variant")}
     assert all(r.n == len(seeds[r.variant] & seeds[r.control]) for r in c.itertuples())
 
@@ -150,7 +171,8 @@ def test_every_falsified_cell_of_the_study_is_found(small):
         assert len(changed_cells(other, study)) == 1, path
 
 
-@pytest.mark.parametrize("row, key, value", [("comparisons", "gain", .2), ("comparisons", "verdict", "better"), ("sizes", "low", .1), ("table", "AP", "0.900 ± 0.001")])
+@pytest.mark.parametrize("row, key, value", [("comparisons", "gain", .2), ("comparisons", "verdict", "better"),
+                                             ("sizes", "low", .1), ("table", "AP", "0.900 ± 0.001")])
 def test_a_falsified_study_is_refused(small, tmp_path, row, key, value):
     shutil.copytree(small, tmp_path / "p")
     study = json.loads((small / "study.json").read_text())
@@ -185,7 +207,8 @@ def test_the_archive_is_the_same_whatever_the_order(small, tmp_path):
 def test_every_published_run_says_where_it_comes_from():
     fields = {"run", "commit", "date", "processor", "versions", "data_fingerprint", "cost", "config", "metrics"}
     for r in records():
-        assert set(r) == fields and set(r["cost"]) == {"seconds", "images"} and r["commit"] and r["date"] and r["versions"]
+        assert set(r) == fields and set(r["cost"]) == {"seconds", "images"
+                                                       } and r["commit"] and r["date"] and r["versions"]
         assert (r["cost"]["images"] is not None) == (r["config"]["method"] == "none" or "cost" in r["metrics"])
         assert not any(str(r["config"][k]).startswith(("/", "~")) for k in ("data", "teacher", "init", "runs"))
     assert len({r["run"] for r in records()}) == len(records()) and all(log_of(r["run"]) for r in records())
@@ -203,7 +226,9 @@ if method == "mgd": os.kill(os.getpid(), 9)
 if slow and not (here / "last" / "state").exists():
     (here / "last" / "state").write_text("half")
     time.sleep(60)
-(here / "metrics.json").write_text(json.dumps(dict(AP=.5, train_seconds=10. * (2 if method == "query" else 1), lam=1.5, seed=seed, given=dict(lam=lam, epochs=epochs))))
+seconds = 10. * (2 if method == "query" else 1)
+figures = dict(AP=.5, train_seconds=seconds, lam=1.5, seed=seed, given=dict(lam=lam, epochs=epochs))
+(here / "metrics.json").write_text(json.dumps(figures))
 """
 
 
@@ -212,22 +237,34 @@ def stub(tmp_path):
     "A notebook that stands for train.ipynb: quick, failing, dying or slow, by its parameters"
     import nbformat
     (tmp_path / "nbs").mkdir()
-    names = "method seed runs name lam epochs teacher shuffle_teacher data logit_mode alignment stage_shape rho slow".split()
-    cells = [nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in names), metadata=dict(tags=["parameters"])), nbformat.v4.new_code_cell(STUB)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))), tmp_path / "nbs/train.ipynb")
+    names = ("method seed runs name lam epochs teacher shuffle_teacher data logit_mode alignment stage_shape "
+             "rho slow").split(
+    )
+    cells = [
+        nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in names), metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell(STUB)
+    ]
+    nbformat.write(
+        nbformat.v4.new_notebook(
+            cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python"))),
+        tmp_path / "nbs/train.ipynb")
     return tmp_path / "nbs/train.ipynb"
 
 
 def test_a_failed_and_a_killed_run_do_not_stop_the_others(stub, tmp_path, monkeypatch, capsys):
     launch = runner.launch
     monkeypatch.setattr(runner, "launch", lambda s, f, threads=0: launch(s, f, threads, stub))
-    go = lambda: runner.ablation("toy", "none,none longer,cwd,cwd untrained,mgd,query", 1, str(tmp_path / "runs"), workers=3).set_index("configuration").state
+    go = lambda: runner.ablation("toy", "none,none longer,cwd,cwd untrained,mgd,query", 1, str(tmp_path / "runs"),
+                                 workers=3).set_index("configuration").state
     state, said = go(), capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="3 of 6 runs are not finished"): runner.refuse_failed(state.reset_index())  # what makes the command fail
+    with pytest.raises(RuntimeError, match="3 of 6 runs are not finished"):
+        runner.refuse_failed(state.reset_index())  # what makes the command fail
     assert [state[k] for k in ("none", "none longer", "query")] == ["finished"] * 3
-    assert "this one never works" in state["cwd"] and state["cwd untrained"] == "waits for cwd" and "died" in state["mgd"].lower()
+    assert "this one never works" in state["cwd"] and state["cwd untrained"] == "waits for cwd" and "died" in state[
+        "mgd"].lower()
     assert "3 of 6 runs are finished" in said and "cwd, seed 0: failed" in said
-    m = json.loads((tmp_path / "runs/toy-none-epochs=8/metrics.json").read_text())  # twice as long: what the price of query buys
+    m = json.loads(
+        (tmp_path / "runs/toy-none-epochs=8/metrics.json").read_text())  # twice as long: what the price of query buys
     assert m["given"]["epochs"] == 8
     tries = lambda name: len((tmp_path / f"runs/{name}/attempts.txt").read_text().splitlines())
     state = go()
@@ -235,13 +272,17 @@ def test_a_failed_and_a_killed_run_do_not_stop_the_others(stub, tmp_path, monkey
 
 
 def test_names_duplicates_and_settings_are_refused(tmp_path):
-    for kw, says in [(dict(study="toi"), "did you mean 'toy'"), (dict(names="none,qwery"), "did you mean 'query'"), (dict(settings="epoch=3"), "did you mean 'epochs'"), (dict(names="cwd untrained"), "add that to names"),
-                     (dict(names="none,none"), "comes twice"), (dict(names="a,b", grid=dict(a=dict(method="cwd"), b=dict(method="cwd", rho=.5))), "are the same run")]:
+    for kw, says in [(dict(study="toi"), "did you mean 'toy'"), (dict(names="none,qwery"), "did you mean 'query'"),
+                     (dict(settings="epoch=3"), "did you mean 'epochs'"),
+                     (dict(names="cwd untrained"), "add that to names"), (dict(names="none,none"), "comes twice"),
+                     (dict(names="a,b", grid=dict(a=dict(method="cwd"), b=dict(method="cwd",
+                                                                               rho=.5))), "are the same run")]:
         with pytest.raises(ValueError, match=says): grid.plan(**dict(study="toy", runs=str(tmp_path)) | kw)
 
 
 def test_every_preset_plans(tmp_path):
-    for study, n in (("toy", 6 * len(grid.GRID)), ("coco30k", 3 * len(grid.GRID)), ("final", 12)): assert len(grid.plan(study, runs=str(tmp_path))) == n
+    for study, n in (("toy", 6 * len(grid.GRID)), ("coco30k", 3 * len(grid.GRID)), ("final", 12)):
+        assert len(grid.plan(study, runs=str(tmp_path))) == n
     assert "7.20 at 1.2" in grid.estimate(grid.plan("toy", "none,query", 3, str(tmp_path)), 1, 3600 * 300, 300, 1.2)
 
 
@@ -252,8 +293,12 @@ def test_ablation_as_a_notebook(tiny, tmp_path):
     more = f"data={tiny} size=toy image_size=64 batch=8 epochs=1 queries=20"
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     for said in ("1 to run", "1 finished"):
-        r = subprocess.run([sys.executable, "-m", "papermill", "nbs/ablation.ipynb", str(tmp_path / "ablation.ipynb"), *words.split(), "-p", "settings", more, "--log-output"], cwd=ROOT, env=env, text=True, capture_output=True)
-        assert r.returncode == 0 and said in r.stdout + r.stderr and "1 of 1 runs are finished" in r.stdout + r.stderr, (r.stdout + r.stderr)[-2000:]
+        r = subprocess.run([
+            sys.executable, "-m", "papermill", "nbs/ablation.ipynb",
+            str(tmp_path / "ablation.ipynb"), *words.split(), "-p", "settings", more, "--log-output"
+        ], cwd=ROOT, env=env, text=True, capture_output=True)
+        told = r.stdout + r.stderr
+        assert r.returncode == 0 and said in told and "1 of 1 runs are finished" in told, told[-2000:]
 
 
 def test_ray_goes_on_when_a_worker_is_killed(stub, tmp_path, monkeypatch):
@@ -276,7 +321,9 @@ def test_shuffled_teachers_answer_for_another_image(tiny, tmp_path):
     import torch
     from rtdetr_kd.distill.cache import arrays, gaps, tied
     from rtdetr_kd.learner import Learner
-    kw = dict(data=str(tiny), size="toy", image_size=64, batch=4, teacher=str(ROOT / "weights/toy_teacher.safetensors"), kd_points=10, workers=0, runs=str(tmp_path), method="query", lam="1")
+    kw = dict(data=str(tiny), size="toy", image_size=64, batch=4,
+              teacher=str(ROOT / "weights/toy_teacher.safetensors"), kd_points=10, workers=0, runs=str(tmp_path),
+              method="query", lam="1")
     plain, shuffled = Learner(configure(**kw)), Learner(configure(**kw, shuffle_teacher=True))
     images, targets = plain.on_device(*plain.fixed_batches(1)[0])
     with torch.no_grad(): own, other = (l.distillation.ask(images, targets).answer for l in (plain, shuffled))
@@ -291,22 +338,26 @@ def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
     from rtdetr_kd.study.records import publish
     from rtdetr_kd.study.results import reproduce
     from rtdetr_kd.train.run import train
-    kw = dict(data=str(tiny), method="none", size="toy", image_size=64, batch=8, epochs=1, queries=20, workers=0, seed=3)
+    kw = dict(data=str(tiny), method="none", size="toy", image_size=64, batch=8, epochs=1, queries=20, workers=0,
+              seed=3)
     was = train(configure(**kw, runs=str(tmp_path), name="r"))
     again = reproduce("r", tmp_path / "again", tmp_path)  # from its folder
     assert again["AP"] == was["AP"] and (tmp_path / "again/r/best.safetensors").exists()
     publish(tmp_path / "r", tmp_path / "published")
     r = record("r", tmp_path / "published")
-    assert r["metrics"] == was and r["cost"] == dict(seconds=was["train_seconds"], images=24) and r["commit"] and r["date"]
+    assert r["metrics"] == was and r["cost"] == dict(seconds=was["train_seconds"],
+                                                     images=24) and r["commit"] and r["date"]
     assert [row["epoch"] for row in log_of("r", tmp_path / "published")] == [1]
     put_line(tmp_path / "published/runs.jsonl", r | dict(metrics=was | dict(select_AP=was["select_AP"] + 1e-9)))
-    with pytest.raises(ValueError, match="r came out otherwise: select_AP"): reproduce("r", tmp_path / "again", tmp_path / "published")
+    with pytest.raises(ValueError, match="r came out otherwise: select_AP"):
+        reproduce("r", tmp_path / "again", tmp_path / "published")
 
 
 @pytest.mark.slow
 def test_a_run_of_the_study_comes_out_the_same_to_the_last_digit(tmp_path):
     from rtdetr_kd.study.results import reproduce
-    if record("toy-none")["metrics"]["machine"]["torch"] != __import__("torch").__version__: pytest.skip("another torch than the published run's")
+    if record("toy-none")["metrics"]["machine"]["torch"] != __import__("torch").__version__:
+        pytest.skip("another torch than the published run's")
     reproduce("toy-none", tmp_path)
 
 
@@ -320,9 +371,11 @@ def test_the_paper_agrees_with_the_results():
 def test_a_paper_that_disagrees_is_refused(tmp_path):
     from rtdetr_kd.study.paper import check_paper
     shutil.copytree(ROOT / "paper", tmp_path / "paper")
-    tex, values, table = (tmp_path / "paper" / f for f in ("paper.tex", "generated/values.tex", "generated/methods.csv"))
+    tex, values, table = (tmp_path / "paper" / f
+                          for f in ("paper.tex", "generated/values.tex", "generated/methods.csv"))
     def refused(path, old, new, says):
-        text = path.read_text(); assert old in text, old
+        text = path.read_text()
+        assert old in text, old
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(ValueError, match=says): check_paper(tmp_path / "paper")
         path.write_text(text)

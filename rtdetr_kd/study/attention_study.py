@@ -26,6 +26,7 @@ from ..data.split import part
 from ..distill.teacher import layer_pairs, same_cell
 from ..distill.features import blur, splat
 from ..model.detector import RTDETR, Signals
+from .figures import save_figure
 from .grid import GRID, spoken
 from .records import published_folder, read_runs, record, record_of
 from .statistics import compare, difference_text
@@ -66,8 +67,10 @@ def compare_looks(
     for a, b in layer_pairs(len(s.boxes), len(t.boxes)):
         T, S = attention_map(t, b, (i, q), grid), attention_map(s, a, (i, own), grid)
         star = blur(splat(*unlearned(s, a, (i, own)), grid, grid))
-        found = dict(cosine=alike(T, S), cosine_asked=alike(T, attention_map(asked, a, (i, q), grid)), cosine_star=alike(T, star))
-        found |= own_figures("student", S, points_of(s, a, (i, own)), box) | own_figures("teacher", T, points_of(t, b, (i, q)), box)
+        found = dict(cosine=alike(T, S), cosine_asked=alike(T, attention_map(asked, a, (i, q), grid)),
+                     cosine_star=alike(T, star))
+        found |= own_figures("student", S, points_of(s, a, (i, own)), box) | own_figures(
+            "teacher", T, points_of(t, b, (i, q)), box)
         parts.append(pd.DataFrame(dict(layer=a + 1, image=i.numpy()) | {k: v.numpy() for k, v in found.items()}))
     return pd.concat(parts)
 
@@ -113,7 +116,11 @@ def same_as_published(
 ):  # raises ValueError
     "Refuse a run that is not the published one of its name"
     ap, known = record_of(run)["metrics"]["AP"], record(run.name)["metrics"]["AP"]
-    if ap != known: raise ValueError(f"{run.name}: AP {ap} here and {known} in runs/published, so these are other weights; publish that run first")
+    if ap != known:
+        raise ValueError(
+            f"{run.name}: AP {ap} here and {known} in runs/published, so these are other weights; publish "
+            f"that run first"
+        )
 
 # %% ../../nbs/study/09_attention_study.ipynb #e1efd495
 def example(
@@ -127,7 +134,8 @@ def example(
         s = looks(m, image)
         _, q, fit = query_of(s, [target])
         of = lambda v: v[:, 0, q[0]].numpy().astype(float).round(4).tolist()
-        out[name] = dict(fit=round(float(fit), 3), boxes=of(s.boxes), points=of(s.sampling_points), weights=of(s.sampling_weights))
+        out[name] = dict(fit=round(float(fit), 3), boxes=of(s.boxes), points=of(s.sampling_points),
+                         weights=of(s.sampling_weights))
     return out
 
 # %% ../../nbs/study/09_attention_study.ipynb #6123f13f
@@ -165,7 +173,8 @@ def measured() -> dict:  # images, objects, runs
     return read_study("attention.json")
 
 # %% ../../nbs/study/09_attention_study.ipynb #aad29d5b
-SHOWN = dict(cosine="cosine, own query", cosine_asked="cosine, teacher's question", pointing_student="pointing game", mass_student="mass in the box")
+SHOWN = dict(cosine="cosine, own query", cosine_asked="cosine, teacher's question", pointing_student="pointing game",
+             mass_student="mass in the box")
 
 def agreement_runs() -> pd.DataFrame:
     "The published runs whose attention was measured: settings and figures"
@@ -204,7 +213,8 @@ def agreement_row(
     for figure, c in against.items():
         row[SHOWN[figure.removesuffix("_last")]] = pm(own[figure])
         d = c.loc[v] if v in c.index else None
-        row["less none's" + " " * len(row)] = "" if d is None else f"{difference_text(d.gain, d.low, d.high)} {higher(d.verdict)}"
+        row["less none's"
+            + " " * len(row)] = "" if d is None else f"{difference_text(d.gain, d.low, d.high)} {higher(d.verdict)}"
     return {"method": spoken(v), "seeds": len(own)} | row
 
 # %% ../../nbs/study/09_attention_study.ipynb #73655fa2
@@ -227,9 +237,10 @@ def draw_agreement() -> plt.Figure:
             p = look_differences(runs, key)
             names, trained = [spoken(v) for v in p.index], ~p.index.str.contains("untrained")
             ax.hlines(names, p.low, p.high, color="k", lw=1.5)
-            sns.scatterplot(x=p.gain, y=names, hue=trained, palette={True: "k", False: "w"}, edgecolor="k", marker="D", s=36, legend=False, zorder=3, ax=ax)
+            sns.scatterplot(x=p.gain, y=names, hue=trained, palette={True: "k", False: "w"}, edgecolor="k",
+                            marker="D", s=36, legend=False, zorder=3, ax=ax)
             ax.axvline(0, color=".6", lw=1)
-            ax.set(xlabel="difference to none", ylabel="")
+            ax.set(xlabel="difference to none", ylabel="", ylim=(len(p) - .5, -.5))
             ax.set_title(SHOWN[key], fontsize=9)
         fig.suptitle("What distillation changes about where a student looks (hollow: untrained teacher)", fontsize=9)
         fig.tight_layout()
@@ -251,13 +262,13 @@ def draw_example() -> plt.Figure:
 # %% ../../nbs/study/09_attention_study.ipynb #ff66e08c
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     a = argparse.ArgumentParser(description="Measure where the toy study's students look, and draw the paper's figures")
-    a.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of published runs, with their weights; none: only draw")
-    a.add_argument("--shown", nargs="*", default=[], metavar="TITLE=RUN", help="folders of published runs for the picture of one object")
+    a.add_argument("runs", nargs="*", type=Path, metavar="RUN",
+                   help="folders of published runs, with their weights; none: only draw")
+    a.add_argument("--shown", nargs="*", default=[], metavar="TITLE=RUN",
+                   help="folders of published runs for the picture of one object")
     a.add_argument("--row", type=int, default=172, help="image of val in that picture")
     a = a.parse_args()
     if a.runs: measure_looks(a.runs)
     if a.shown: keep_example({k: Path(v) for k, v in (w.split("=", 1) for w in a.shown)}, a.row)
     for name, fig in dict(attention=draw_example(), attention_agreement=draw_agreement()).items():
-        with plt.rc_context({"pdf.fonttype": 42}):
-            for end, none in (("png", dict(Software=None)), ("pdf", dict(CreationDate=None))):
-                fig.savefig(root() / f"figures/{name}.{end}", dpi=110, bbox_inches="tight", metadata=none)
+        save_figure(fig, root() / f"figures/{name}")

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from PIL import Image
 from torchvision.ops import box_iou
 
 from ..files import root, write_json
@@ -28,9 +29,11 @@ from .tables import comparisons, compute_study, is_method, measure_models, read_
 from ..model.weights import load_model
 
 # %% ../../nbs/study/07_figures.ipynb #dd62defd
-STYLE = {"font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "legend.fontsize": 6,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6, "legend.frameon": False,
-         "pdf.fonttype": 42, "savefig.dpi": 200, "font.family": "DejaVu Sans"}  # 42: fonts that a publisher accepts
+STYLE = {
+    "font.size": 7, "axes.titlesize": 7, "axes.labelsize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
+    "legend.fontsize": 6, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": .6,
+    "legend.frameon": False, "pdf.fonttype": 42, "savefig.dpi": 200, "font.family": "DejaVu Sans"
+}  # 42: fonts that a publisher accepts
 WIDTH = 3.3
 
 # %% ../../nbs/study/07_figures.ipynb #9299b692
@@ -51,19 +54,22 @@ def draw_comparison(
 ) -> plt.Figure:
     "Gains over no distillation: seeds, mean, 95 % interval; filled where shown"
     c = c[(c.control == "none") & (c.n > 1)].sort_values("gain", ascending=False)  # one seed ranks nothing
-    near, names = c[c.gain >= left], {r.variant: f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()}
-    rows = pd.Categorical(near.variant.map(names), list(names.values()))
+    c = c.assign(y=range(len(c)))
+    near, place = c[c.gain >= left], c.set_index("variant").y
+    gains = paired_gains(runs, list(near.variant))
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(WIDTH, .5 + .17 * len(c)))
-        gains = paired_gains(runs, list(near.variant)).replace(dict(variant=names))
-        sns.stripplot(gains, x="gain", y="variant", order=names.values(), jitter=False, color="none", edgecolor=".6", linewidth=.6, size=3, ax=ax)
         ax.axvline(0, color=".5", lw=.6)
-        ax.errorbar(near.gain, rows.codes, xerr=[near.gain - near.low, near.high - near.gain], fmt="none", ecolor="k", elinewidth=.9)
+        sns.scatterplot(x=gains.gain, y=gains.variant.map(place) - .24, color="none", edgecolor=".5", linewidth=.6,
+                        s=8, ax=ax)
+        ax.hlines(near.y, near.low, near.high, color="k", lw=.9)
         shown = near.verdict.isin(["better", "worse"])
-        sns.scatterplot(x=near.gain, y=rows.codes, hue=shown, palette={True: "k", False: "w"}, edgecolor="k", marker="D", s=12, legend=False, zorder=3, ax=ax)
-        for y, r in enumerate(c.itertuples()):
-            if r.gain < left: write_at_edge(ax, r, y, left)
-        ax.set(xlabel="difference in AP to none", ylabel="", xlim=(min(left, near.low.min()) if len(near) < len(c) else None, None))
+        sns.scatterplot(x=near.gain, y=near.y, hue=shown, palette={True: "k", False: "w"}, edgecolor="k", marker="D",
+                        s=12, legend=False, zorder=3, ax=ax)
+        for r in c[c.gain < left].itertuples(): write_at_edge(ax, r, r.y, left)
+        ax.set(xlabel="difference in AP to none", ylabel="", ylim=(len(c) - .4, -.7),
+               xlim=(min(left, near.low.min()) if len(near) < len(c) else None, None))
+        ax.set_yticks(c.y, [f"{spoken(r.variant)} ({r.n})" for r in c.itertuples()])
         fig.tight_layout(pad=.3)
     return fig
 
@@ -75,7 +81,8 @@ def write_at_edge(
 ):
     "A difference that is too far off to be drawn"
     arrow = dict(arrowstyle="->", lw=.7)
-    ax.annotate(f"{r.gain:+.2f} [{r.low:+.2f}, {r.high:+.2f}]", (left, y), (left + .06, y), va="center", fontsize=6, arrowprops=arrow)
+    ax.annotate(f"{r.gain:+.2f} [{r.low:+.2f}, {r.high:+.2f}]", (left, y), (left + .06, y), va="center", fontsize=6,
+                arrowprops=arrow)
 
 # %% ../../nbs/study/07_figures.ipynb #498d48d8
 LINES = {"none": "-", "logit": ":", "query": "--", "cwd": "-.", "query+cwd": (0, (5, 1))}  # configuration: its line
@@ -86,7 +93,8 @@ def logs(
 ) -> pd.DataFrame:  # variant, run, epoch, and the columns of the logs
     "The logs of all runs of some configurations, one below the other"
     own = runs[runs.variant.isin(names)]
-    return pd.concat([pd.DataFrame(log_of(r.run)).assign(variant=r.variant, run=r.run) for r in own.itertuples()], ignore_index=True)
+    return pd.concat([pd.DataFrame(log_of(r.run)).assign(variant=r.variant, run=r.run) for r in own.itertuples()],
+                     ignore_index=True)
 
 # %% ../../nbs/study/07_figures.ipynb #caa8243d
 def draw_curves(
@@ -100,8 +108,9 @@ def draw_curves(
         for ax, key, title in zip(axs, ("giou", "select_AP"), ("GIoU loss, training", "AP on select")):
             for v, style in LINES.items():
                 band = ("sd", 1) if v in ("none", "query+cwd") else None
-                sns.lineplot(l[l.variant == v].dropna(subset=[key]), x="epoch", y=key, color=shade[v], ls=style, lw=.9, marker="o", ms=3,
-                             errorbar=band, err_kws=dict(alpha=.18, lw=0), label=spoken(v), legend=ax is axs[0], ax=ax)
+                sns.lineplot(l[l.variant == v].dropna(subset=[key]), x="epoch", y=key, color=shade[v], ls=style,
+                             lw=.9, marker="o", ms=3, errorbar=band, err_kws=dict(alpha=.18, lw=0), label=spoken(v),
+                             legend=ax is axs[0], ax=ax)
             ax.set(title=title, xlabel="epoch", ylabel="", xticks=sorted(l.epoch.unique()))
         axs[0].legend(handlelength=2.4)
         fig.tight_layout(pad=.3)
@@ -125,12 +134,15 @@ def draw_strength() -> plt.Figure:
     long, x = t.T.rename_axis("rho").reset_index().melt("rho", value_name="AP"), t.columns[-1]
     with plt.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(WIDTH, 2.))
-        sns.lineplot(long, x="rho", y="AP", style="method", hue="method", palette="Greys_d", markers=True, ms=4, lw=.9, legend=False, ax=ax)
+        sns.lineplot(long, x="rho", y="AP", style="method", hue="method",
+                     palette=[str(.1 * (k % 5)) for k in range(len(t))], markers=True, ms=4, lw=.9, legend=False,
+                     ax=ax)
         ends = t.iloc[:, -1].sort_values()
         for (name, end), y in zip(ends.items(), apart(list(ends), .035)):
             thin = dict(arrowstyle="-", lw=.3, color=".6", shrinkA=0, shrinkB=2)
             ax.annotate(name, (x, end), (x + .02, y), va="center", fontsize=6.5, arrowprops=thin)
-        ax.set(xticks=t.columns, xlim=(t.columns[0] - .03, x + .17), xlabel="share ρ of the gradient that distillation has", ylabel="AP on select, seed 0")
+        ax.set(xticks=t.columns, xlim=(t.columns[0] - .03, x + .17),
+               xlabel="share ρ of the gradient that distillation has", ylabel="AP on select, seed 0")
         fig.tight_layout(pad=.3)
     return fig
 
@@ -148,9 +160,12 @@ def draw_sizes(
         for (f, label), shift, color, fill in zip(BY_SIZE.items(), (-.17, .17), (".5", "k"), (".5", "w")):
             own, y = t[t.figure == f].set_index("variant").loc[order], np.arange(len(order)) + shift
             ax.hlines(y, own.low, own.high, color=color, lw=.9)
-            sns.scatterplot(x=own.gain, y=y, color=fill, edgecolor=color, s=14, linewidth=1, label=label, zorder=3, ax=ax)
+            sns.scatterplot(x=own.gain, y=y, color=fill, edgecolor=color, s=14, linewidth=1, label=label, zorder=3,
+                            ax=ax)
         ax.axvline(0, color=".5", lw=.6)
-        ax.set(yticks=range(len(order)), yticklabels=map(spoken, order), xlabel="difference in AP to none, 95 % interval", ylabel="", ylim=(len(order) - .5, -.5))
+        ax.set(yticks=range(len(order)), yticklabels=map(spoken, order),
+               xlabel="difference in AP to none, 95 % interval", ylabel="", ylim=(len(order) - .5, -.5))
+        ax.locator_params(axis="x", nbins=5)
         ax.legend(loc="lower center", bbox_to_anchor=(.5, 1), ncols=2, borderaxespad=0)
         fig.tight_layout(pad=.3)
     return fig
@@ -168,9 +183,11 @@ def draw_latency(
         fig, ax = plt.subplots(figsize=(WIDTH, 1.9))
         for v, mark in MARKS.items():
             ap = runs[runs.variant == v].AP
-            ax.errorbar(ms["student"], ap.mean(), ap.std(), fmt=mark, color="k", mfc="w", ms=4, lw=.7, capsize=2, label=f"student, {spoken(v)}")
+            ax.errorbar(ms["student"], ap.mean(), ap.std(), fmt=mark, color="k", mfc="w", ms=4, lw=.7, capsize=2,
+                        label=f"student, {spoken(v)}")
         ax.plot(ms["teacher"], teacher["AP"], "s", color="k", ms=4.5, label="teacher")
-        ax.set(xlim=(0, None), ylim=(.3, None), xlabel=f"ms per image, one thread ({m['machine']})", ylabel="AP on val (± sd over seeds)")
+        ax.set(xlim=(0, None), ylim=(.3, None), xlabel=f"ms per image, one thread ({m['machine']})",
+               ylabel="AP on val (± sd over seeds)")
         ax.legend(loc="lower right")
         fig.tight_layout(pad=.3)
     return fig
@@ -215,7 +232,8 @@ def draw_boxes(
     ax.imshow(image)
     ax.set_axis_off()
     for (x1, y1, x2, y2), name in zip(boxes, names):
-        for color, lw in (("k", 1.8), ("w", .8)): ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=lw))
+        for color, lw in (("k", 1.8), ("w", .8)):
+            ax.add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=lw))
         ax.text(x1, y1 - 1, name, fontsize=5.5, color="w", va="bottom", bbox=dict(fc="k", ec="none", pad=.4))
 
 # %% ../../nbs/study/07_figures.ipynb #6c49ab47
@@ -231,7 +249,8 @@ def draw_examples(
         fig, axs = plt.subplots(len(picked), 3, figsize=(WIDTH, WIDTH / 3 * len(picked) + .15), squeeze=False)
         for row, (k, s, t) in zip(axs, picked):
             own, image = split.of(k), open_image(split.folder / split.files[k])
-            sides = (split.boxes[own], [split.names[c] for c in split.labels[own]]), (t.boxes, t.names), (s.boxes, s.names)
+            sides = (split.boxes[own], [split.names[c]
+                                        for c in split.labels[own]]), (t.boxes, t.names), (s.boxes, s.names)
             for ax, (boxes, names) in zip(row, sides): draw_boxes(ax, image, boxes, names)
         for ax, title in zip(axs[0], ("truth", "teacher", "student")): ax.set_title(title)
         fig.tight_layout(pad=.2)
@@ -270,9 +289,7 @@ def write_figures(
     for name, make in figures_of_study().items():
         if names and name not in names: continue
         fig = make()
-        with plt.rc_context(STYLE):
-            fig.savefig(folder / f"{name}.pdf", metadata=dict(CreationDate=None, ModDate=None))
-            fig.savefig(folder / f"{name}.png", dpi=220, metadata=dict(Software=None))
+        save_figure(fig, folder / name)
         plt.close(fig)
         print("drawn", name, flush=True)
 

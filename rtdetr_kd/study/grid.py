@@ -41,7 +41,9 @@ GRID = {
 }
 
 # %% ../../nbs/study/01_grid.ipynb #c1811825
-CONTROLS = {k: ["none"] for k in GRID if k != "none"}  # every configuration against no distillation, and these against more
+CONTROLS = {k: ["none"]
+            for k in GRID
+            if k != "none"}  # every configuration against no distillation, and these against more
 CONTROLS["query"] += ["none longer", "query untrained", "query shuffled", "query hungarian", "query index"]
 CONTROLS["cwd"] += ["none longer", "cwd untrained", "cwd shuffled"]
 CONTROLS["query+cwd"] += ["none longer", "query+cwd untrained", "query", "cwd"]
@@ -99,9 +101,11 @@ def name_of(
     return " ".join([run["method"], *who, *told, *words])
 
 # %% ../../nbs/study/01_grid.ipynb #81c304d6
-SAID = {"cwd": "CWD", "mgd": "MGD", "stage": "stage-adaptive", "query+cwd": "query+CWD", "none longer": "none, longer", "logit softmax": "logit, softmax",
-        "stage inverse": "stage, inverse", "stage weak": "stage, weak", "stage inverse weak": "stage, inverse, weak",
-        "query hungarian": "query, Hungarian", "query index": "query, index"}
+SAID = {
+    "cwd": "CWD", "mgd": "MGD", "stage": "stage-adaptive", "query+cwd": "query+CWD", "none longer": "none, longer",
+    "logit softmax": "logit, softmax", "stage inverse": "stage, inverse", "stage weak": "stage, weak",
+    "stage inverse weak": "stage, inverse, weak", "query hungarian": "query, Hungarian", "query index": "query, index"
+}
 
 def spoken(
     name: str,  # as `name_of` gives it
@@ -192,9 +196,13 @@ def same_runs(
     "Refuse two configurations that would be the same run"
     seen = {}
     for r in runs:
-        telling = {k: v for k, v in asdict(configure(**r.settings)).items() if k not in FREE} if r.folder else r.settings
+        telling = {k: v
+                   for k, v in asdict(configure(**r.settings)).items()
+                   if k not in FREE} if r.folder else r.settings
         key = json.dumps(telling, sort_keys=True)
-        if key in seen: raise ValueError(f"'{r.config}' and '{seen[key]}' with seed {r.seed} are the same run: take one out of the grid")
+        if key in seen:
+            raise ValueError(
+                f"'{r.config}' and '{seen[key]}' with seed {r.seed} are the same run: take one out of the grid")
         seen[key] = r.config
 
 # %% ../../nbs/study/01_grid.ipynb #cac12948
@@ -209,7 +217,8 @@ def chosen_names(
     if len({*chosen}) < len(chosen): raise ValueError(f"names={names!r}: a configuration comes twice")
     for n in chosen:
         for k, v in grid[n].items():
-            if str(v).startswith("of ") and v[3:] not in chosen: raise ValueError(f"'{n}' takes its {k} from '{v[3:]}': add that to names")
+            if str(v).startswith("of ") and v[3:] not in chosen:
+                raise ValueError(f"'{n}' takes its {k} from '{v[3:]}': add that to names")
     return chosen
 
 # %% ../../nbs/study/01_grid.ipynb #778408ed
@@ -239,9 +248,11 @@ def plan(
     "The runs of a study; raises ValueError for unknown names and for configurations that are the same run"
     one_of("preset", study, STUDIES)
     chosen = chosen_names(study, names, grid)
-    if any("=" not in w for w in settings.split()): raise ValueError(f"settings={settings!r}: must be words like epochs=1")
+    if any("=" not in w for w in settings.split()):
+        raise ValueError(f"settings={settings!r}: must be words like epochs=1")
     more, s = dict(w.split("=", 1) for w in settings.split()), STUDIES[study]
-    todo = settle([Run(n, k, settings_of(n, k, s, more, grid)) for k in range(seeds or s["seeds"]) for n in chosen], runs)
+    todo = settle([Run(n, k, settings_of(n, k, s, more, grid)) for k in range(seeds or s["seeds"]) for n in chosen],
+                  runs)
     same_runs(todo)
     return todo
 
@@ -268,7 +279,8 @@ def spell(
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 # %% ../../nbs/study/01_grid.ipynb #7c88367a
-NOT_KNOWN = "{n} runs to go; how long is not known before one has ended (or give images_per_s, the training speed of this machine)"
+NOT_KNOWN = ("{n} runs to go; how long is not known before one has ended (or give images_per_s, the training "
+             "speed of this machine)")
 
 def estimate(
     runs: list,  # of Run

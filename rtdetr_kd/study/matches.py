@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from ..data.split import Split, ground_truth
-from ..files import digest, remembered, root, write_whole
+from ..files import digest, remembered, write_whole
 from .records import FILE, match_bytes, published_folder, put_member, record_of, records
 from ..data.dataset import load_data
-from ..model.evaluate import RECALLS, by_cell, coco_ap, curve, match_detections, numbers, outside, predict, rows_of
+from ..model.evaluate import RECALLS, by_cell, curve, match_detections, numbers, outside, predict, rows_of
 from ..model.weights import load_model
 
 # %% ../../nbs/study/04_matches.ipynb #ddf064a2
@@ -202,8 +202,9 @@ def packed(
     rows, code = patterns(m.right, m.wrong)
     step, at = np.diff(m.image, prepend=0) % m.images, np.nonzero(m.truth)
     buffer = io.BytesIO()
-    np.savez(buffer, low=(step & 255).astype(np.uint8), high=(step >> 8).astype(np.uint8), start=m.start, rows=rows, code=code.astype(np.uint16),
-             shape=m.truth.shape, at=np.ravel_multi_index(at, m.truth.shape).astype(np.uint32), truth=m.truth[at])
+    np.savez(buffer, low=(step & 255).astype(np.uint8), high=(step >> 8).astype(np.uint8), start=m.start, rows=rows,
+             code=code.astype(np.uint16), shape=m.truth.shape,
+             at=np.ravel_multi_index(at, m.truth.shape).astype(np.uint32), truth=m.truth[at])
     return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 # %% ../../nbs/study/04_matches.ipynb #8aaae102
@@ -214,7 +215,9 @@ def unpacked(
     "What `packed` made; raises ValueError for anything else"
     try: z = np.load(io.BytesIO(lzma.decompress(data)))
     except (lzma.LZMAError, ValueError, OSError) as e:
-        raise ValueError(f"{name} cannot be read as matches ({type(e).__name__}): write it anew with python -m rtdetr_kd.matches RUN") from None
+        raise ValueError(
+            f"{name} cannot be read as matches ({type(e).__name__}): write it anew with python -m rtdetr_kd.matches RUN"
+        ) from None
     truth = np.zeros(z["shape"], np.uint16)
     truth.ravel()[z["at"]] = z["truth"]
     step = z["low"].astype(int) + 256 * z["high"].astype(int)
@@ -240,7 +243,8 @@ def resamples_of(
     def compute():
         m = unpacked(data, name)
         on_val = resampled(m, np.ones((1, m.images), int))[0]
-        return dict(truth=digest(m.truth), images=m.images, val=dict(zip(NAMES, on_val)), draws=resampled(m, draws(m.images, n), list(names)).tolist())
+        return dict(truth=digest(m.truth), images=m.images, val=dict(zip(NAMES, on_val)),
+                    draws=resampled(m, draws(m.images, n), list(names)).tolist())
     return remembered("resamples", [1, digest(data), n, names], compute)  # 1: the version of this computation
 
 # %% ../../nbs/study/04_matches.ipynb #590ea0c3
@@ -254,7 +258,10 @@ def matches_of_run(
     m = matches_of(ground_truth(split), predict(load_model(run / "best.safetensors"), split))
     now, said = figures(m)["AP"], r["metrics"]["AP"]
     if abs(now - said) > 1e-9:
-        raise ValueError(f"{run.name}: AP is {now:.6f} here and {said:.6f} in metrics.json: other weights, other data or another machine")
+        raise ValueError(
+            f"{run.name}: AP is {now:.6f} here and {said:.6f} in metrics.json: other weights, other data or "
+            f"another machine"
+        )
     return m
 
 # %% ../../nbs/study/04_matches.ipynb #c2959f29
@@ -264,7 +271,9 @@ def keep_matches(
 ) -> str:  # what was done
     "Keep a run's matches, where that has not been done"
     if not (run / "metrics.json").exists(): return "not finished, left out"
-    same = [r["run"] for r in records(published_folder()) if r["metrics"] == record_of(run)["metrics"]] if published else []
+    same = [r["run"]
+            for r in records(published_folder())
+            if r["metrics"] == record_of(run)["metrics"]] if published else []
     if published and not same: return "not published, left out"
     if not (run / FILE).exists():
         data = packed(matches_of_run(run))
@@ -277,6 +286,7 @@ def keep_matches(
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Keep the matches of finished runs")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    p.add_argument("--published", action="store_true", help="also in runs/published/matches.tar, for the published run of the same metrics")
+    p.add_argument("--published", action="store_true",
+                   help="also in runs/published/matches.tar, for the published run of the same metrics")
     a = p.parse_args()
     for run in a.runs: print(f"{run.name}: {keep_matches(run, a.published)}", flush=True)

@@ -26,8 +26,11 @@ def run_values(
     "Of each configuration: n, mean and standard deviation of AP, minutes of training"
     out = {}
     for v, r in runs.groupby("variant", sort=False):
-        out |= {f"n:{v}": len(r), f"ap:{v}": f"{r.AP.mean():.3f}", f"sd:{v}": f"{r.AP.std():.3f}", f"ap50:{v}": f"{r.AP50.mean():.3f}",
-                f"minutes:{v}": f"{r.train_seconds.median() / 60:.1f}", f"epochs:{v}": int(r.epochs.iloc[0])}
+        out |= {
+            f"n:{v}": len(r), f"ap:{v}": f"{r.AP.mean():.3f}", f"sd:{v}": f"{r.AP.std():.3f}",
+            f"ap50:{v}": f"{r.AP50.mean():.3f}", f"minutes:{v}": f"{r.train_seconds.median() / 60:.1f}",
+            f"epochs:{v}": int(r.epochs.iloc[0])
+        }
     return out
 
 # %% ../../nbs/study/10_paper.ipynb #60c34d78
@@ -38,10 +41,13 @@ def comparison_values(
     out = {}
     for r in c.itertuples():
         k = f"{r.variant}:{r.control}"
-        out |= {f"gain:{k}": f"{r.gain:+.3f}", f"size:{k}": f"{abs(r.gain):.3f}", f"ci:{k}": f"[{r.low:+.3f}, {r.high:+.3f}]",
-                f"p:{k}": p_text(r.p), f"holm:{k}": p_text(r.holm), f"flip:{k}": p_text(r.flip), f"verdict:{k}": r.verdict, f"n:{k}": r.n,
-                f"seseeds:{k}": f"{r.se_seeds:.3f}", f"seimages:{k}": f"{r.se_images:.3f}",
-                f"needed:{k}": "more than 1,000" if pd.isna(r.needed) else int(r.needed)}
+        out |= {
+            f"gain:{k}": f"{r.gain:+.3f}", f"size:{k}": f"{abs(r.gain):.3f}",
+            f"ci:{k}": f"[{r.low:+.3f}, {r.high:+.3f}]", f"p:{k}": p_text(r.p), f"holm:{k}": p_text(r.holm),
+            f"flip:{k}": p_text(r.flip), f"verdict:{k}": r.verdict, f"n:{k}": r.n,
+            f"seseeds:{k}": f"{r.se_seeds:.3f}", f"seimages:{k}": f"{r.se_images:.3f}",
+            f"needed:{k}": "more than 1,000" if pd.isna(r.needed) else int(r.needed)
+        }
     return out
 
 # %% ../../nbs/study/10_paper.ipynb #6aa01a53
@@ -78,9 +84,12 @@ def setting_values(
     "Of data, networks and machine"
     r, m = runs[runs.variant == "none"].iloc[0], read_study("models.json")
     teacher = record("toy_teacher")
-    own = {"epochs": int(r.epochs), "scenes": f"{int(r.steps * r.batch / r.epochs):,}", "side": int(r.image_size), "queries": int(r.queries),
-           "rho": f"{PRESETS['toy']['rho']:.0%}", "teacher ap": f"{teacher['metrics']['AP']:.3f}", "teacher epochs": int(teacher["metrics"]["epochs"]),
-           "machine": m["machine"], "torch": r.machine["torch"]}
+    own = {
+        "epochs": int(r.epochs), "scenes": f"{int(r.steps * r.batch / r.epochs):,}", "side": int(r.image_size),
+        "queries": int(r.queries), "rho": f"{PRESETS['toy']['rho']:.0%}",
+        "teacher ap": f"{teacher['metrics']['AP']:.3f}", "teacher epochs": int(teacher["metrics"]["epochs"]),
+        "machine": m["machine"], "torch": r.machine["torch"]
+    }
     for k, d in m["models"].items():
         own |= {f"{k}:parameters": f"{d['parameters'] / 1e6:.2f}", f"{k}:gflops": f"{d['gflops']:.2f}",
                 f"{k}:ms": f"{d['ms']:.1f}", f"{k}:fps": f"{1e3 / d['ms']:.0f}"}
@@ -101,11 +110,17 @@ def study_values() -> dict:  # name: text or number
     runs, c, s = runs_of_study(), comparisons(), read_study()
     n, verdicts = runs.groupby("variant").size(), c.verdict
     count = lambda of, word: int((of == word).sum())
-    own = {"runs": len(runs), "configurations": len(n), "seeds": int(n.max()), "fewest": int(n.min()), "questions": len(c),
-           "resamples": f"{s['resamples']:,}", "images": s["images"], "least flip": f"{2 / 2**int(n.max()):.3f}",
-           "better": count(verdicts, "better"), "worse": count(verdicts, "worse"), "unshown": count(verdicts, "no difference shown")}
+    own = {
+        "runs": len(runs), "configurations": len(n), "seeds": int(n.max()), "fewest": int(n.min()),
+        "questions": len(c), "resamples": f"{s['resamples']:,}", "images": s["images"],
+        "least flip": f"{2 / 2**int(n.max()):.3f}", "better": count(verdicts, "better"),
+        "worse": count(verdicts, "worse"), "unshown": count(verdicts, "no difference shown")
+    }
     first = c[c.family == "methods"].verdict
-    own |= {"methods vs none": len(first), "better vs none": count(first, "better"), "worse vs none": count(first, "worse")}
+    own |= {
+        "methods vs none": len(first), "better vs none": count(first, "better"),
+        "worse vs none": count(first, "worse")
+    }
     own |= {"unrun sentence": unrun([v for v in GRID if v not in n_of(runs)]), "shuffled sentence": few_shuffled(runs)}
     return own | setting_values(runs) | price_values(runs)
 
@@ -120,9 +135,11 @@ def macros(
     v: dict,  # name: text
 ) -> str:
     r"LaTeX that knows `\val{name}`, and stops at a name that it does not know"
-    say = r"\newcommand{\val}[1]{\ifcsname val@#1\endcsname\csname val@#1\endcsname\else\errmessage{there is no value #1}\fi}"
+    say = (r"\newcommand{\val}[1]{\ifcsname val@#1\endcsname\csname val@#1\endcsname\else\errmessage{there "
+           r"is no value #1}\fi}")
     head = f"% generated by python -m rtdetr_kd.paper: do not edit\n{say}\n"
-    return head + "".join(rf"\expandafter\def\csname val@{k}\endcsname{{{escaped(x)}}}" + "\n" for k, x in sorted(v.items()))
+    return head + "".join(rf"\expandafter\def\csname val@{k}\endcsname{{{escaped(x)}}}" + "\n"
+                          for k, x in sorted(v.items()))
 
 # %% ../../nbs/study/10_paper.ipynb #de86f526
 PAPER_FIGURES = ("comparison", "curves", "strength", "sizes", "latency", "examples")
@@ -147,7 +164,10 @@ def unknown_values(
     known: dict,  # name: text
 ) -> list:  # of sentences
     "Values that the text uses and nobody has"
-    return [f"the text uses \\val{{{k}}}, which does not exist" for k in re.findall(r"\\val\{([^}]*)\}", tex) if k not in known]
+    return [
+        f"the text uses \\val{{{k}}}, which does not exist" for k in re.findall(r"\\val\{([^}]*)\}", tex)
+        if k not in known
+    ]
 
 # %% ../../nbs/study/10_paper.ipynb #6869bee0
 def typed_numbers(
@@ -155,8 +175,13 @@ def typed_numbers(
 ) -> list:  # of sentences
     "Decimal numbers and percentages that were typed into the text"
     body = re.sub(r"(?<!\\)%.*", "", tex.split(r"\begin{document}")[-1])
-    body = re.sub(r"\\(includegraphics|hspace|vspace|setlength|resizebox)(\[[^]]*\])?(\{[^}]*\})+|arXiv:[\d.]+|RT-DETRv\d", "", body)
-    return [f"a number typed into the text: …{body[max(0, m.start() - 30):m.end()]}" for m in re.finditer(r"\d*\.\d+|\d+\s*\\%", body)]
+    body = re.sub(
+        r"\\(includegraphics|hspace|vspace|setlength|resizebox)(\[[^]]*\])?(\{[^}]*\})+|arXiv:[\d.]+|RT-DETRv\d", "",
+        body)
+    return [
+        f"a number typed into the text: …{body[max(0, m.start() - 30):m.end()]}"
+        for m in re.finditer(r"\d*\.\d+|\d+\s*\\%", body)
+    ]
 
 # %% ../../nbs/study/10_paper.ipynb #1686ecf8
 def broken_claims(
@@ -178,7 +203,9 @@ def out_of_date(
 ) -> list:  # of sentences
     "Generated files that are not what the result files give"
     same = lambda path, text: path.exists() and path.read_text(encoding="utf-8") == text
-    return [f"{folder.name}/{n} differs from the result files" for n, t in generated().items() if not same(folder / n, t)]
+    return [
+        f"{folder.name}/{n} differs from the result files" for n, t in generated().items() if not same(folder / n, t)
+    ]
 
 # %% ../../nbs/study/10_paper.ipynb #e4cfd440
 def check_paper(
@@ -187,13 +214,17 @@ def check_paper(
     "Refuse a manuscript that disagrees with runs/published: raises ValueError"
     folder = folder or root() / "paper"
     tex = (folder / "paper.tex").read_text(encoding="utf-8")
-    bad = out_of_date(folder / "generated") + unknown_values(tex, values()) + typed_numbers(tex) + broken_claims(tex, comparisons())
+    bad = out_of_date(folder / "generated") + unknown_values(tex, values()) + typed_numbers(tex) + broken_claims(
+        tex, comparisons())
     more = f"; and {len(bad) - 6} more" if len(bad) > 6 else ""
-    if bad: raise ValueError("; ".join(bad[:6]) + more + ": run python -m rtdetr_kd.paper, and read the sentences again")
+    if bad:
+        raise ValueError("; ".join(bad[:6]) + more + ": run python -m rtdetr_kd.paper, and read the sentences again")
 
 # %% ../../nbs/study/10_paper.ipynb #220294f2
-NO_LATEX = ("LaTeX is missing: on Debian or Ubuntu, apt-get install latexmk texlive-latex-extra texlive-fonts-recommended lmodern; "
-            "the generated tables and figures are in paper/generated all the same")
+NO_LATEX = (
+    "LaTeX is missing: on Debian or Ubuntu, apt-get install latexmk texlive-latex-extra "
+    "texlive-fonts-recommended lmodern; "
+    "the generated tables and figures are in paper/generated all the same")
 
 def faults_of(
     said: str,  # by latexmk

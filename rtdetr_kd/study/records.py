@@ -150,7 +150,8 @@ def log_of(
 ) -> list:  # a dict for each epoch
     "A run's log"
     folder = Path(folder or published_folder())
-    if (folder / "logs.jsonl").exists(): return next(r["log"] for r in lines_of(folder / "logs.jsonl") if r["run"] == run)
+    if (folder / "logs.jsonl").exists():
+        return next(r["log"] for r in lines_of(folder / "logs.jsonl") if r["run"] == run)
     return lines_of(folder / run / "log.jsonl")
 
 # %% ../../nbs/study/03_records.ipynb #5e6b5be3

@@ -48,7 +48,8 @@ def reproduce(
     new = train(configure(**settings_told(was["config"]), runs=str(runs or root() / "runs/reproduced"), name=run))
     figures = [k for k, v in old.items() if isinstance(v, (int, float)) and k != "train_seconds"]
     other = [f"{k} {new.get(k)}, published {old[k]}" for k in figures if new.get(k) != old[k]]
-    if other: raise ValueError(OTHERWISE.format(run=run, what=", ".join(other[:4]), old=old["machine"], new=new["machine"]))
+    if other:
+        raise ValueError(OTHERWISE.format(run=run, what=", ".join(other[:4]), old=old["machine"], new=new["machine"]))
     return new
 
 # %% ../../nbs/study/11_results.ipynb #0eb5e1fd
@@ -59,7 +60,8 @@ def fill_blocks(
 ) -> str:
     "Replace the block between `<!-- name -->` and `<!-- /name -->`"
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    if not re.search(pattern, text, re.S): raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
+    if not re.search(pattern, text, re.S):
+        raise ValueError(f"there is no block '{name}' to fill: <!-- {name} --> … <!-- /{name} -->")
     return re.sub(pattern, lambda m: m[1] + block + "\n" + m[2], text, flags=re.S)
 
 # %% ../../nbs/study/11_results.ipynb #06870090
@@ -68,9 +70,12 @@ def toy_block(
 ) -> str:
     "The README's paragraph on the embedded data"
     r, teacher, t = runs_of_study().iloc[0], runs[runs.run == "toy_teacher"].iloc[0], strengths(runs)
-    about = (f"Student: {r.parameters / 1e6:.2f} M parameters, {int(r.epochs)} epochs of {int(r.steps * r.batch / r.epochs)} scenes at {int(r.image_size)} px. "
-             f"Teacher: {teacher.parameters / 1e6:.2f} M parameters, AP {teacher.AP:.3f} on val ({int(teacher.epochs)} epochs). "
-             f"Measured with torch {r.machine['torch']} on {r.machine['threads']} CPU thread(s).")
+    about = (
+        f"Student: {r.parameters / 1e6:.2f} M parameters, {int(r.epochs)} epochs of "
+        f"{int(r.steps * r.batch / r.epochs)} scenes at {int(r.image_size)} px. "
+        f"Teacher: {teacher.parameters / 1e6:.2f} M parameters, AP {teacher.AP:.3f} on val "
+        f"({int(teacher.epochs)} epochs). "
+        f"Measured with torch {r.machine['torch']} on {r.machine['threads']} CPU thread(s).")
     by_strength = "; ".join(f"{spoken(n)} {' / '.join(f'{v:.3f}' for v in row)}" for n, row in t.iterrows())
     return f"{about}\n\n{markdown(study_table())}\n\nAP on select, seed 0, at {' / '.join(t.columns)}: {by_strength}."
 
@@ -80,8 +85,11 @@ def bccd_block(
 ) -> str:
     "The README's sentence on the real data set"
     r = runs[runs.run == "bccd"].iloc[0]
-    return (f"BCCD (blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
-            f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 {r.AP50:.3f} on its val split.")
+    return (
+        f"BCCD (blood cells, 3 classes), from scratch, {int(r.epochs)} epochs at {int(r.image_size)} px, "
+        f"{r.train_seconds / 60:.0f} minutes on {r.machine['threads']} CPU thread(s): AP {r.AP:.3f}, AP50 "
+        f"{r.AP50:.3f} on its val split."
+    )
 
 # %% ../../nbs/study/11_results.ipynb #51fe323f
 def memory_block(
@@ -90,25 +98,33 @@ def memory_block(
     "The README's sentence on memory"
     rows = read_study("memory.json")["rows"]
     most = {r["checkpoint"]: r["batch"][0] for r in rows if r["pair"] == "r18 from r50, 640 px"}  # of the smallest card
-    return (f"A canonical R18 student (300 queries, three levels) distilled from R50 at 640 px in half precision "
-            f"fits a 4 GB card with batch {most['nothing']}, and with batch {most['all']} where activations are computed again "
-            "(predicted without a card; the predictor agrees with measured peaks on a CPU).")
+    return (
+        f"A canonical R18 student (300 queries, three levels) distilled from R50 at 640 px in half precision "
+        f"fits a 4 GB card with batch {most['nothing']}, and with batch {most['all']} where activations are "
+        f"computed again "
+        "(predicted without a card; the predictor agrees with measured peaks on a CPU).")
 
 # %% ../../nbs/study/11_results.ipynb #099b1948
-SPEED = ("A step of {size} ← {teacher} ({side} px, batch {batch}, {threads} CPU threads) takes less processor time than the same step put together from "
-         "transformers' models: {live:.2f}× with a live float32 teacher, {bf16:.2f}× with `teacher_precision bfloat16`, {cached:.2f}× with `cache disk`, "
-         "which then costs {of_plain:.2f} of a step without a teacher. On the toy pair: {toy[live]:.2f}×, {toy[bf16]:.2f}×, {toy[cached]:.2f}×, and "
-         "{toy[of_plain]:.2f} (`bench/train_step.py`, both in turns in one run).")
+SPEED = (
+    "A step of {size} ← {teacher} ({side} px, batch {batch}, {threads} CPU threads) takes less processor "
+    "time than the same step put together from "
+    "transformers' models: {live:.2f}× with a live float32 teacher, {bf16:.2f}× with `teacher_precision "
+    "bfloat16`, {cached:.2f}× with `cache disk`, "
+    "which then costs {of_plain:.2f} of a step without a teacher. On the toy pair: {toy[live]:.2f}×, "
+    "{toy[bf16]:.2f}×, {toy[cached]:.2f}×, and "
+    "{toy[of_plain]:.2f} (`bench/train_step.py`, both in turns in one run).")
 
 def measured_speed(
     case: str,  # canonical or toy
 ) -> dict:  # live, bf16, cached, of_plain; size, teacher, side, batch, threads
     "What bench/train_step.py has left"
     r = read_study(f"train_step_{case}.json", root() / "bench")
-    names = dict(live="live_is_faster_by", bf16="live_bf16_is_faster_by", cached="cached_is_faster_by", of_plain="cached_costs_of_plain")
+    names = dict(live="live_is_faster_by", bf16="live_bf16_is_faster_by", cached="cached_is_faster_by",
+                 of_plain="cached_costs_of_plain")
     k = r["case"]
-    return {n: r["ratios"][v] for n, v in names.items()} | dict(size=k["size"].upper(), teacher=k["teacher"].upper(), side=k["side"],
-                                                                batch=k["batch"], threads=r["threads"])
+    return {n: r["ratios"][v]
+            for n, v in names.items()} | dict(size=k["size"].upper(), teacher=k["teacher"].upper(), side=k["side"],
+                                              batch=k["batch"], threads=r["threads"])
 
 # %% ../../nbs/study/11_results.ipynb #584da885
 def speed_block(
@@ -125,8 +141,13 @@ def latency_block(
 ) -> str:
     "The README's table of the exported students"
     kept = {data: read_study(f"latency/{data}.json") for data in EXPORTED}
-    lines = [dict(student=EXPORTED[d], runtime=r["model"], AP=f"{r['AP']:.3f}", ms=f"{r['ms']:.1f}", MB=f"{r['MB']:.1f}") for d, k in kept.items() for r in k["rows"]]
-    return markdown(pd.DataFrame(lines)) + f"\n\nMilliseconds of one image, median, on {kept['bccd']['about']['machine']['cpu']}."
+    lines = [
+        dict(student=EXPORTED[d], runtime=r["model"], AP=f"{r['AP']:.3f}", ms=f"{r['ms']:.1f}", MB=f"{r['MB']:.1f}")
+        for d, k in kept.items()
+        for r in k["rows"]
+    ]
+    return markdown(
+        pd.DataFrame(lines)) + f"\n\nMilliseconds of one image, median, on {kept['bccd']['about']['machine']['cpu']}."
 
 # %% ../../nbs/study/11_results.ipynb #851383ce
 BLOCKS = dict(toy=toy_block, bccd=bccd_block, memory=memory_block, speed=speed_block, latency=latency_block)
@@ -142,9 +163,10 @@ def readme_now() -> tuple:  # the README's text, and what it should be
 def update_readme(
     check: bool = False,  # only compare
 ):
-    "Fill the README's blocks from the published runs, or with `check` refuse a README that differs from them: SystemExit"
+    "Fill the README's blocks from the published runs, or with `check` refuse one that differs: SystemExit"
     text, new = readme_now()
-    if check and new != text: raise SystemExit("README.md differs from the result files in runs/published: run python -m rtdetr_kd.results")
+    if check and new != text:
+        raise SystemExit("README.md differs from the result files in runs/published: run python -m rtdetr_kd.results")
     if not check: (root() / "README.md").write_text(new, encoding="utf-8")
 
 # %% ../../nbs/study/11_results.ipynb #172e8c6f
@@ -166,7 +188,8 @@ def draw_readme():
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
     p = argparse.ArgumentParser(description="Fill the README from runs/published")
     p.add_argument("--check", action="store_true", help="only compare: README, comparisons, runs and matches")
-    p.add_argument("--publish", nargs="*", default=[], metavar="RUN", help="put these runs' results into runs/published first")
+    p.add_argument("--publish", nargs="*", default=[], metavar="RUN",
+                   help="put these runs' results into runs/published first")
     p.add_argument("--figures", action="store_true", help="draw the README's pictures again")
     p.add_argument("--reproduce", metavar="RUN", help="train a published run again and compare, to the last digit")
     a = p.parse_args()

@@ -33,12 +33,16 @@ def with_draws(
     for run in runs.run:
         r = resamples_of(match_bytes(run, folder), n, figures, run)
         first = first or r["truth"]
-        if r["truth"] != first: raise ValueError(f"{run} was evaluated on other data than {runs.run.iloc[0]}: the two cannot be compared image by image")
+        if r["truth"] != first:
+            raise ValueError(
+                f"{run} was evaluated on other data than {runs.run.iloc[0]}: the two cannot be compared image by image"
+            )
         rows.append(r)
     return runs.assign(draws=[np.array(r["draws"]) for r in rows], on_val=[r["val"] for r in rows])
 
 # %% ../../nbs/study/05_statistics.ipynb #5777651e
-DISTILLING = {*TELLING, "teacher", "lam", "rho", "kd_points", "pilot", "cache", "cache_views"}  # what may differ between two sides
+DISTILLING = {*TELLING, "teacher", "lam", "rho", "kd_points", "pilot", "cache",
+              "cache_views"}  # what may differ between two sides
 
 def same_budget(
     runs: pd.DataFrame,  # as `read_runs` gives them
@@ -46,7 +50,9 @@ def same_budget(
     "Refuse runs that differ in more than method, seed, epochs and settings of distillation"
     free = {*FREE, *DISTILLING, "seed", "epochs"}
     mixed = [k for k in asdict(Config()) if k in runs and k not in free and runs[k].astype(str).nunique() > 1]
-    if mixed: raise ValueError(f"these runs differ in {', '.join(mixed)}: a table compares runs of one budget; select them first")
+    if mixed:
+        raise ValueError(
+            f"these runs differ in {', '.join(mixed)}: a table compares runs of one budget; select them first")
 
 # %% ../../nbs/study/05_statistics.ipynb #a41fd668
 def side(
@@ -55,8 +61,10 @@ def side(
 ) -> pd.DataFrame:  # a row for each seed; raises ValueError
     "The runs of a variant, by seed"
     own = runs[runs.variant == v].set_index("seed", drop=False).sort_index()
-    if not len(own): raise ValueError(f"there is no run of '{v}' (there are: {', '.join(sorted(runs.variant.unique()))})")
-    if own.index.has_duplicates: raise ValueError(f"two runs of '{v}' with seed {own.index[own.index.duplicated()][0]}: keep one")
+    if not len(own):
+        raise ValueError(f"there is no run of '{v}' (there are: {', '.join(sorted(runs.variant.unique()))})")
+    if own.index.has_duplicates:
+        raise ValueError(f"two runs of '{v}' with seed {own.index[own.index.duplicated()][0]}: keep one")
     return own
 
 # %% ../../nbs/study/05_statistics.ipynb #6c92beec

@@ -77,7 +77,9 @@ def overview(
     "The README's table: AP over seeds, the difference to none and to an untrained teacher, the verdicts"
     found = {(r.variant, r.control): r for r in c.itertuples()}
     there = [v for v in GRID if v in {*runs.variant}]
-    return pd.DataFrame([overview_row(runs[runs.variant == v], found.get((v, "none")), found.get((v, f"{v} untrained"))) for v in there])
+    return pd.DataFrame([
+        overview_row(runs[runs.variant == v], found.get((v, "none")), found.get((v, f"{v} untrained"))) for v in there
+    ])
 
 # %% ../../nbs/study/06_tables.ipynb #ffbb3cfe
 SIZES_OF = ("AP", "APs", "APm")  # figures that methods are compared by
@@ -97,8 +99,8 @@ def compute_study(
     asked = families(questions(runs))
     sizes = [plain(compare(runs, asked["methods"], f, k).assign(figure=f)) for k, f in enumerate(SIZES_OF)]
     every = sum((plain(compare(runs, pairs).assign(family=f)) for f, pairs in asked.items() if pairs), [])
-    return dict(resamples=n, table=plain(overview(runs, pd.DataFrame(every))), images=load(runs.run.iloc[0], folder).images,
-                sizes=sum(sizes, []), comparisons=every)
+    return dict(resamples=n, table=plain(overview(runs, pd.DataFrame(every))),
+                images=load(runs.run.iloc[0], folder).images, sizes=sum(sizes, []), comparisons=every)
 
 # %% ../../nbs/study/06_tables.ipynb #acd7e91e
 def read_study(
@@ -130,7 +132,9 @@ def miscounted(
         if not has_matches(r.run, folder): continue
         on_val = resamples_of(match_bytes(r.run, folder), n, SIZES_OF, r.run)["val"]
         wrong = [k for k, v in on_val.items() if v == v and abs(v - getattr(r, k)) > 1e-9]
-        bad += [f"{r.run}: {k} is {getattr(r, k):.6f} in runs.jsonl and {on_val[k]:.6f} by its matches" for k in wrong[:1]]
+        bad += [
+            f"{r.run}: {k} is {getattr(r, k):.6f} in runs.jsonl and {on_val[k]:.6f} by its matches" for k in wrong[:1]
+        ]
     return bad
 
 # %% ../../nbs/study/06_tables.ipynb #3a5cff6f
@@ -145,7 +149,9 @@ def changed_cells(
     if isinstance(kept, list) and isinstance(now, list) and len(kept) == len(now):
         return sum((changed_cells(a, b, f"{where}, row {i + 1}") for i, (a, b) in enumerate(zip(kept, now))), [])
     numbers = all(isinstance(v, (int, float)) for v in (kept, now))
-    return [] if kept == now or (numbers and abs(kept - now) <= 1.5e-6) else [f"{where}: {kept!r} is kept, the runs give {now!r}"]
+    return [] if kept == now or (numbers and abs(kept - now) <= 1.5e-6) else [
+        f"{where}: {kept!r} is kept, the runs give {now!r}"
+    ]
 
 # %% ../../nbs/study/06_tables.ipynb #db5ded8d
 def recomputed(
@@ -155,7 +161,8 @@ def recomputed(
     kept = read_study(folder=folder)
     bad = miscounted(folder) + changed_cells(kept, compute_study(kept["resamples"], folder))
     if bad: raise ValueError("; ".join(bad[:4]) + (f"; and {len(bad) - 4} more" if len(bad) > 4 else "")
-                             + ": runs, matches and comparisons do not agree (python -m rtdetr_kd.study computes the comparisons)")
+                             + ": runs, matches and comparisons do not agree (python -m rtdetr_kd.study "
+                               "computes the comparisons)")
 
 # %% ../../nbs/study/06_tables.ipynb #7cbfb51e
 def processor() -> str:
@@ -181,12 +188,14 @@ def model_costs(
         model(x)
         times.append(time.perf_counter() - t)
     torch.set_num_threads(threads)
-    return dict(parameters=sum(p.numel() for p in model.parameters()), gflops=f.get_total_flops() / 1e9, ms=float(np.median(times)) * 1e3, image_size=side)
+    return dict(parameters=sum(p.numel() for p in model.parameters()), gflops=f.get_total_flops() / 1e9,
+                ms=float(np.median(times)) * 1e3, image_size=side)
 
 # %% ../../nbs/study/06_tables.ipynb #5dd37eba
 def measure_models() -> dict:
     "The shipped student and teacher, alternating, on this machine"
-    models = dict(student=load_model(root() / "weights/toy_student.safetensors"), teacher=load_model(root() / "weights/toy_teacher.safetensors"))
+    models = dict(student=load_model(root() / "weights/toy_student.safetensors"),
+                  teacher=load_model(root() / "weights/toy_teacher.safetensors"))
     rounds = [{k: model_costs(m) for k, m in models.items()} for _ in range(5)]
     best = {k: min((r[k] for r in rounds), key=lambda c: c["ms"]) for k in models}
     return dict(machine=processor(), threads=1, torch=torch.__version__, models=best)
@@ -199,7 +208,9 @@ def method_rows(
     rows = []
     for v in [v for v in GRID if v in {*runs.variant}]:
         r = runs[runs.variant == v]
-        rows.append({"configuration": spoken(v), "n": len(r), **{k: pm(r[k]) for k in ("AP", "AP50", "AP75", "APs", "APm")}})
+        rows.append(
+            {"configuration": spoken(v), "n": len(r), **{k: pm(r[k])
+                                                         for k in ("AP", "AP50", "AP75", "APs", "APm")}})
     return pd.DataFrame(rows).rename(columns={"APs": "AP small", "APm": "AP medium"})
 
 # %% ../../nbs/study/06_tables.ipynb #3a12eb7e
@@ -232,8 +243,10 @@ def model_rows() -> pd.DataFrame:
     "Student and teacher: parameters, GFLOPs, speed"
     m = read_study("models.json")
     where = f"{m['machine']}, {m['threads']} thread"
-    return pd.DataFrame([{"network": k, "parameters, M": f"{v['parameters'] / 1e6:.2f}", "GFLOPs": f"{v['gflops']:.2f}",
-                          "ms per image": f"{v['ms']:.1f}", "FPS": f"{1e3 / v['ms']:.0f}", "machine": where} for k, v in m["models"].items()])
+    return pd.DataFrame([{
+        "network": k, "parameters, M": f"{v['parameters'] / 1e6:.2f}", "GFLOPs": f"{v['gflops']:.2f}",
+        "ms per image": f"{v['ms']:.1f}", "FPS": f"{1e3 / v['ms']:.0f}", "machine": where
+    } for k, v in m["models"].items()])
 
 # %% ../../nbs/study/06_tables.ipynb #7d7550b3
 def strengths(
@@ -241,19 +254,25 @@ def strengths(
 ) -> pd.DataFrame:  # a row for each method, a column for each ρ
     "AP on the select split at each ρ, seed 0: what the strength was chosen by"
     runs = read_runs() if runs is None else runs
-    auto = runs[(runs.data == "toy") & (runs["size"] == "toy") & (runs.method != "none") & (runs.lam == "auto") & (runs.seed == 0)]
+    auto = runs[(runs.data == "toy") & (runs["size"] == "toy") & (runs.method != "none") & (runs.lam == "auto") &
+                (runs.seed == 0)]
     usual = PRESETS["toy"]["rho"]
-    named = auto.assign(method=[name_of(dict(r) | dict(rho=usual)) for _, r in auto.iterrows()], rho=[f"ρ = {r:g}" for r in auto.rho])
+    named = auto.assign(method=[name_of(dict(r) | dict(rho=usual)) for _, r in auto.iterrows()],
+                        rho=[f"ρ = {r:g}" for r in auto.rho])
     return named.pivot_table(index="method", columns="rho", values="select_AP").dropna()
 
 # %% ../../nbs/study/06_tables.ipynb #6ab45484
 def strength_rows() -> pd.DataFrame:  # texts
     "AP on select, seed 0, at each strength"
-    return pd.DataFrame([{"method": spoken(k), **{c: f"{v:.3f}" for c, v in r.items()}} for k, r in strengths().iterrows()])
+    return pd.DataFrame([{"method": spoken(k), **{c: f"{v:.3f}"
+                                                  for c, v in r.items()}}
+                         for k, r in strengths().iterrows()])
 
 # %% ../../nbs/study/06_tables.ipynb #a60b5409
-PIPE = TableFormat(lineabove=None, linebelowheader=lambda widths, aligns: "| " + " | ".join("---" for _ in widths) + " |", linebetweenrows=None,
-                   linebelow=None, headerrow=DataRow("| ", " | ", " |"), datarow=DataRow("| ", " | ", " |"), padding=0, with_header_hide=None)
+PIPE = TableFormat(lineabove=None,
+                   linebelowheader=lambda widths, aligns: "| " + " | ".join("---" for _ in widths) + " |",
+                   linebetweenrows=None, linebelow=None, headerrow=DataRow("| ", " | ", " |"),
+                   datarow=DataRow("| ", " | ", " |"), padding=0, with_header_hide=None)
 
 def markdown(
     t: pd.DataFrame,  # of texts
@@ -262,8 +281,11 @@ def markdown(
     return t.to_markdown(index=False, tablefmt=PIPE, disable_numparse=True, stralign=None, numalign=None)
 
 # %% ../../nbs/study/06_tables.ipynb #03b901e3
-ESCAPED = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
-           "ρ": r"$\rho$", "λ": r"$\lambda$", "<": "$<$", ">": "$>$", "×": r"$\times$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+ESCAPED = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
+    "±": r"$\pm$", "ρ": r"$\rho$", "λ": r"$\lambda$", "<": "$<$", ">": "$>$", "×": r"$\times$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"
+}
 
 def escaped(
     text,  # anything
@@ -278,7 +300,8 @@ def latex(
 ) -> str:
     "A table with booktabs: texts to the left, numbers to the right"
     left = [all(not re.match(r"[-+<]?\s*\d|$", str(x)) for x in t[k]) for k in t]
-    return t.map(escaped).rename(columns=escaped).to_latex(index=False, escape=False, column_format="".join("l" if x else "r" for x in left))
+    return t.map(escaped).rename(columns=escaped).to_latex(index=False, escape=False,
+                                                           column_format="".join("l" if x else "r" for x in left))
 
 # %% ../../nbs/study/06_tables.ipynb #4ceacd05
 def texts(
