@@ -1,4 +1,5 @@
 "The network and its losses at their edges: other number types, other sizes, boxes without extent, too many objects"
+
 from copy import deepcopy
 
 import pytest
@@ -12,22 +13,26 @@ from rtdetr_kd.model.sizes import SIZES
 from rtdetr_kd.model.weights import load_model, save_model
 
 EMPTY = dict(labels=torch.zeros(0, dtype=torch.long), boxes=torch.zeros(0, 4))
-ONE = dict(labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .3, .2]]))
+ONE = dict(labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.3, 0.2]]))
 
 
 def small(**kw):
     torch.manual_seed(0)
     m = RTDETR(Spec(["a", "b"], **SIZES["toy"] | kw)).eval()
-    for head in m.decoder.dec_bbox_head: torch.nn.init.normal_(head.layers[-1].weight, std=.05)
+    for head in m.decoder.dec_bbox_head:
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.05)
     return m
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(attention="dense"), dict(attention="discrete"), dict(backbone="resnet10t")])
+@pytest.mark.parametrize(
+    "kw", [dict(), dict(attention="dense"), dict(attention="discrete"), dict(backbone="resnet10t")]
+)
 @torch.no_grad()
 def test_every_number_type(kw):
     "half(), bfloat16() and double() leave nothing behind, and double says what float32 says"
     m, x = small(**kw), torch.rand(2, 3, 64, 96)
     m.decoder.queries = 400  # every cell is a query: rounding cannot choose others
+
     def answer(t):
         n = deepcopy(m).to(t)
         assert {v.dtype for v in [*n.parameters(), *n.buffers()] if v.is_floating_point()} == {t}
@@ -35,14 +40,17 @@ def test_every_number_type(kw):
         o = n(x.to(t), [ONE, EMPTY], capture=True)
         order = o.signals.index.argsort(1)[..., None]  # by cell
         return o, *(v.gather(1, order.expand_as(v)) for v in (o.logits, o.boxes))
+
     _, scores, boxes = answer(torch.float32)
     o, s, b = answer(torch.float64)
     if kw.get("attention") != "discrete":  # there a rounded place may be the next cell
-        torch.testing.assert_close(s.float(), scores, rtol=0, atol=1e-4); torch.testing.assert_close(b, boxes, rtol=0, atol=1e-4)
+        torch.testing.assert_close(s.float(), scores, rtol=0, atol=1e-4)
+        torch.testing.assert_close(b, boxes, rtol=0, atol=1e-4)
     for t in (torch.bfloat16, torch.float16):
         o, s, b = answer(t)
         assert s.dtype == t and b.dtype == torch.float32 and s.isfinite().all() and b.isfinite().all()
-        if kw.get("attention") != "discrete": torch.testing.assert_close(b, boxes, rtol=0, atol=.15)
+        if kw.get("attention") != "discrete":
+            torch.testing.assert_close(b, boxes, rtol=0, atol=0.15)
         assert all(v.isfinite() for v in detection_losses(o, [ONE, EMPTY]).values())
 
 
@@ -58,29 +66,31 @@ def test_no_boxes_at_all_with_and_without_denoising():
 
 
 def test_weights_without_denoising_load(tmp_path):
-    m = small(denoising=0); save_model(m, tmp_path / "w.safetensors")
+    m = small(denoising=0)
+    save_model(m, tmp_path / "w.safetensors")
     assert load_model(tmp_path / "w.safetensors").state_dict().keys() == m.state_dict().keys()
 
 
 def test_450_objects_for_300_queries():
-    crowd = dict(labels=torch.zeros(450, dtype=torch.long), boxes=torch.rand(450, 4) * .5 + .2)
-    l, i, q, o = match(torch.randn(1, 1, 300, 2), torch.rand(1, 1, 300, 4) * .5 + .2, [crowd])
+    crowd = dict(labels=torch.zeros(450, dtype=torch.long), boxes=torch.rand(450, 4) * 0.5 + 0.2)
+    l, i, q, o = match(torch.randn(1, 1, 300, 2), torch.rand(1, 1, 300, 4) * 0.5 + 0.2, [crowd])
     assert len(set(q.tolist())) == len(set(o.tolist())) == len(q) == 300
 
 
 def test_half_precision_at_the_limits():
-    "Logits of ±60000 and fractions of exactly 0 and 1, in float16: costs, losses and inverse sigmoid are finite float32"
-    s = torch.tensor([[60000., -60000.], [-60000., 60000.]]).half()[None, None]  # (l,b,q,c)
-    b = torch.tensor([[0., 0, 0, 0], [1, 1, 1, 1]]).half()[None, None]
-    two = dict(labels=torch.tensor([0, 0]), boxes=torch.tensor([[0., 0, 0, 0], [.5, .5, 1, 1]]))
+    "Logits of ±60000 and fractions of exactly 0 and 1, in float16: costs and losses are finite float32"
+    s = torch.tensor([[60000.0, -60000.0], [-60000.0, 60000.0]]).half()[None, None]  # (l,b,q,c)
+    b = torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1]]).half()[None, None]
+    two = dict(labels=torch.tensor([0, 0]), boxes=torch.tensor([[0.0, 0, 0, 0], [0.5, 0.5, 1, 1]]))
     C = costs(s, b, two["labels"], two["boxes"])
     terms = layer_losses(s, b, match(s, b, [two]), two["labels"], two["boxes"], 2)
-    for v in (C, logit(b), *terms.values()): assert v.dtype == torch.float32 and v.isfinite().all()
+    for v in (C, logit(b), *terms.values()):
+        assert v.dtype == torch.float32 and v.isfinite().all()
 
 
 def test_boxes_without_extent_have_finite_losses_and_gradients():
-    s, b = torch.zeros(1, 1, 1, 1, requires_grad=True), torch.tensor([.5, .5, 0, 0]).view(1, 1, 1, 4).requires_grad_()
-    point = dict(labels=torch.tensor([0]), boxes=torch.tensor([[.5, .5, 0, 0]]))
+    s, b = torch.zeros(1, 1, 1, 1, requires_grad=True), torch.tensor([0.5, 0.5, 0, 0]).view(1, 1, 1, 4).requires_grad_()
+    point = dict(labels=torch.tensor([0]), boxes=torch.tensor([[0.5, 0.5, 0, 0]]))
     terms = layer_losses(s, b, match(s, b, [point]), point["labels"], point["boxes"], 1)
     sum(v.sum() for v in terms.values()).backward()
     assert all(v.isfinite().all() for v in (*terms.values(), s.grad, b.grad))

@@ -1,4 +1,5 @@
 "Every method on every pair of architectures: each term is finite and moves what it should, and only the student's"
+
 import json
 
 import pytest
@@ -17,14 +18,16 @@ TEACHERS = dict(
     wider=SIZES["toy_teacher"] | dict(queries=60, layers=4, width=16),
     r50=SIZES["r50"],
     three=SIZES["toy"] | dict(queries=300),
-    dense=SIZES["toy"] | dict(attention="dense"))
+    dense=SIZES["toy"] | dict(attention="dense"),
+)
 PAIRS = dict(  # the student's settings, a teacher
     same=(dict(size="toy"), "toy"),
     r18_from_r50=(dict(size="r18"), "r50"),
     widths_and_layers=(dict(size="toy"), "wider"),
     queries_100_from_300=(dict(size="toy", queries=100, image_size=128), "three"),
     dense_from_deformable=(dict(size="toy", attention="dense"), "toy"),
-    deformable_from_dense=(dict(size="toy"), "dense"))
+    deformable_from_dense=(dict(size="toy"), "dense"),
+)
 KINDS = {m: dict(method=m) for m in METHODS if m != "none"} | dict(
     softmax=dict(method="logit", logit_mode="softmax"),
     stage=dict(method="stage"),
@@ -34,12 +37,20 @@ KINDS = {m: dict(method=m) for m in METHODS if m != "none"} | dict(
     random=dict(method="query", query_points="random"),
     both=dict(method="query", query_points="both"),
     last=dict(method="query", kd_layers="last", attention_loss="cosine"),
-    kl=dict(method="query", attention_loss="kl"))
+    kl=dict(method="query", attention_loss="kl"),
+)
 LOOK = ("cross_attn.sampling_offsets", "cross_attn.attn")
 MOVES = dict(  # what a term teaches, beside the student's encoder
-    kd_logit=("dec_score_head",), kd_score=("dec_score_head",), kd_box=("dec_bbox_head",),
-    kd_feature=("method",), kd_cwd=("method",), kd_mgd=("method",), kd_query=("method",),
-    kd_attention_map=LOOK, kd_attention=LOOK)
+    kd_logit=("dec_score_head",),
+    kd_score=("dec_score_head",),
+    kd_box=("dec_bbox_head",),
+    kd_feature=("method",),
+    kd_cwd=("method",),
+    kd_mgd=("method",),
+    kd_query=("method",),
+    kd_attention_map=LOOK,
+    kd_attention=LOOK,
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +65,16 @@ def teachers(tmp_path_factory):
 
 def learner(tiny, teachers, tmp_path, pair, **kw):
     student, teacher = PAIRS[pair]
-    usual = dict(data=str(tiny), teacher=str(teachers / f"{teacher}.safetensors"), image_size=64, batch=2, kd_points=20,
-                 lam=1, workers=0, runs=str(tmp_path))
+    usual = dict(
+        data=str(tiny),
+        teacher=str(teachers / f"{teacher}.safetensors"),
+        image_size=64,
+        batch=2,
+        kd_points=20,
+        lam=1,
+        workers=0,
+        runs=str(tmp_path),
+    )
     return Learner(configure(**usual | student | kw))
 
 
@@ -65,7 +84,8 @@ def test_two_steps(tiny, teachers, tmp_path, kind, pair):
     l = learner(tiny, teachers, tmp_path, pair, **KINDS[kind])
     mark, before = weights_mark(l.distillation.teacher.model), {k: v.clone() for k, v in l.trained.named_parameters()}
     images, targets = zip(*(l.images[k] for k in range(2)))
-    for _ in range(2): terms = l.one_step([(torch.stack(images), list(targets))])
+    for _ in range(2):
+        terms = l.one_step([(torch.stack(images), list(targets))])
     kd = {k: v for k, v in terms.items() if k.startswith("kd_")}
     assert kd and all(v.isfinite() for v in kd.values())
     moved = [k for k, v in l.trained.named_parameters() if not torch.equal(v, before[k])]
@@ -85,8 +105,12 @@ def test_two_steps(tiny, teachers, tmp_path, kind, pair):
     assert all(v.isfinite() for v in l.one_step([(torch.stack(images), empty)]).values())  # a batch without boxes
 
 
-OTHERS = [dict(size="lite"), dict(size="lite", attention="dense"), dict(size="lite", attention="discrete"),
-          dict(size="resnet10t")]
+OTHERS = [
+    dict(size="lite"),
+    dict(size="lite", attention="dense"),
+    dict(size="lite", attention="discrete"),
+    dict(size="resnet10t"),
+]
 
 
 @pytest.mark.parametrize("settings", OTHERS, ids=lambda s: "-".join(s.values()))
@@ -117,15 +141,29 @@ def test_questions_by_lot_change_each_step_and_follow_the_seed(tiny, teachers, t
     for one, cells in seen.items():
         drawn = one.distillation.drawn
         one.distillation.drawn = lambda images, drawn=drawn, cells=cells: cells.append(drawn(images)) or cells[-1]
-    for one in (l, l, again): one.one_step([(torch.stack(images), list(targets))])
+    for one in (l, l, again):
+        one.one_step([(torch.stack(images), list(targets))])
     first, second = (cells for cells, _ in seen[l])
     assert not torch.equal(first, second)
     assert torch.equal(seen[again][0][0], first)
 
 
 def settings(tiny, teachers, tmp_path, **kw):
-    usual = dict(data=str(tiny), size="toy", teacher=str(teachers / "wider.safetensors"), method="query", image_size=64,
-                 batch=8, epochs=2, eval_every=1, warmup=2, pilot=6, kd_points=10, workers=0, runs=str(tmp_path))
+    usual = dict(
+        data=str(tiny),
+        size="toy",
+        teacher=str(teachers / "wider.safetensors"),
+        method="query",
+        image_size=64,
+        batch=8,
+        epochs=2,
+        eval_every=1,
+        warmup=2,
+        pilot=6,
+        kd_points=10,
+        workers=0,
+        runs=str(tmp_path),
+    )
     return configure(**usual | kw)
 
 
@@ -134,12 +172,12 @@ def test_the_default_sets_lam_by_the_share_of_the_gradient(tiny, teachers, tmp_p
     metrics = train(settings(tiny, teachers, tmp_path, name="a"))
     stages = metrics["strength"]["stages"]
     assert metrics["lam"] > 0 and [s["step"] for s in stages] == [2, 4, 6]
-    assert sorted(s["share"] for s in stages)[1] == pytest.approx(.2)
+    assert sorted(s["share"] for s in stages)[1] == pytest.approx(0.2)
     other = train(settings(tiny, teachers, tmp_path, name="b", seed=1))
     assert other["lam"] == metrics["lam"]  # seeds share one λ
     weights = [read_file(tmp_path / run / "best.safetensors")[0] for run in "ab"]
     assert any(not torch.equal(v, weights[1][k]) for k, v in weights[0].items())  # and nothing else
-    half = train(settings(tiny, teachers, tmp_path, name="c", rho=.5))
+    half = train(settings(tiny, teachers, tmp_path, name="c", rho=0.5))
     assert half["lam"] == pytest.approx(4 * metrics["lam"])  # ρ/(1-ρ): from 1/4 to 1; the pilot is not run again
     log = [json.loads(r) for r in (tmp_path / "a/log.jsonl").read_text().splitlines()]
     assert all(r["lam"] == metrics["lam"] for r in log)
@@ -152,15 +190,21 @@ def test_resume_with_adapters_and_a_moving_lam(tiny, teachers, tmp_path, monkeyp
     c = lambda where: settings(tiny, teachers, tmp_path / where, name="run", epochs=3, **kw)
     train(c("whole"))
 
-    class Killed(Exception): pass
+    class Killed(Exception):
+        pass
+
     l = Learner(c("cut"))
     step, n = l.one_step, [0]
+
     def dying(*a):
         n[0] += 1
-        if n[0] == 5: raise Killed
+        if n[0] == 5:
+            raise Killed
         return step(*a)
+
     l.one_step = dying
-    with pytest.raises(Killed): l.fit()
+    with pytest.raises(Killed):
+        l.fit()
     train(c("cut"))
     a, b = (torch.load(tmp_path / w / "run/last/state.pt", weights_only=True) for w in ("whole", "cut"))
     assert a["lam"] == b["lam"] and all(torch.equal(v, b["trained"][k]) for k, v in a["trained"].items())
@@ -174,11 +218,13 @@ def test_resume_with_adapters_and_a_moving_lam(tiny, teachers, tmp_path, monkeyp
 def test_cached_answers_are_the_live_ones(tiny, teachers, tmp_path, monkeypatch):
     monkeypatch.setenv("RTDETR_KD_CACHE", str(tmp_path / "cache"))
     for method in ("query", "logit", "feature", "query+mgd"):
-        kw = dict(method=method, lam=1, photometric=.5, hflip=.5, zoom_out=.5, iou_crop=.5)
+        kw = dict(method=method, lam=1, photometric=0.5, hflip=0.5, zoom_out=0.5, iou_crop=0.5)
         live, kept = (Learner(settings(tiny, teachers, tmp_path, cache=c, **kw)) for c in ("none", "disk"))
         kept.open_cache()
         kept.epoch = 6  # the third of four views
-        images, targets = zip(*(kept.images[(2, k)] for k in range(8)))  # a batch of eight, as they were asked: in another, rounding may choose another query
+        images, targets = zip(
+            *(kept.images[(2, k)] for k in range(8))
+        )  # a batch of eight, as they were asked: in another, rounding may choose another query
         terms = []
         for l in (live, kept):
             torch.manual_seed(0)
@@ -188,23 +234,38 @@ def test_cached_answers_are_the_live_ones(tiny, teachers, tmp_path, monkeypatch)
 
 
 def test_an_untrained_teacher_is_a_control(tiny, tmp_path):
-    l = Learner(configure(data=str(tiny), size="toy", method="query", teacher="random:toy", image_size=64, batch=8,
-                          lam=1, runs=str(tmp_path)))
-    assert l.teacher_about["select_AP"] < .05
-    with pytest.raises(ValueError, match="random:toyy.*did you mean"): configure(method="query", teacher="random:toyy")
+    l = Learner(
+        configure(
+            data=str(tiny),
+            size="toy",
+            method="query",
+            teacher="random:toy",
+            image_size=64,
+            batch=8,
+            lam=1,
+            runs=str(tmp_path),
+        )
+    )
+    assert l.teacher_about["select_AP"] < 0.05
+    with pytest.raises(ValueError, match="random:toyy.*did you mean"):
+        configure(method="query", teacher="random:toyy")
 
 
-@pytest.mark.parametrize("given, says", [
-    (dict(method="query+none"), "a sum of different ones"),
-    (dict(method="logit+logit"), "a sum of different ones"),
-    (dict(lam="-1"), "lam='-1': must be auto, adaptive"),
-    (dict(lam="much"), "must be auto, adaptive"),
-    (dict(method="query", alignment="indx"), "did you mean 'index'"),
-    (dict(method="stage", stage_shape="cos"), "cosine_inverse"),
-    (dict(method="query", alignment="index", query_points="both", cache="none"), "only shared queries"),
-    (dict(method="query", query_points="both"), "need a live teacher"),
-    (dict(logit_mode="soft"), "binary, softmax"),
-    (dict(rho=1), "rho=1"),
-])
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (dict(method="query+none"), "a sum of different ones"),
+        (dict(method="logit+logit"), "a sum of different ones"),
+        (dict(lam="-1"), "lam='-1': must be auto, adaptive"),
+        (dict(lam="much"), "must be auto, adaptive"),
+        (dict(method="query", alignment="indx"), "did you mean 'index'"),
+        (dict(method="stage", stage_shape="cos"), "cosine_inverse"),
+        (dict(method="query", alignment="index", query_points="both", cache="none"), "only shared queries"),
+        (dict(method="query", query_points="both"), "need a live teacher"),
+        (dict(logit_mode="soft"), "binary, softmax"),
+        (dict(rho=1), "rho=1"),
+    ],
+)
 def test_settings_of_distillation_that_cannot_work(given, says):
-    with pytest.raises(ValueError, match=says): configure(**given)
+    with pytest.raises(ValueError, match=says):
+        configure(**given)
