@@ -160,7 +160,7 @@ def test_search_knows_the_words(site):
 def test_both_colour_schemes_and_the_maths_are_there(site):
     css = "".join(p.read_text(errors="replace") for p in (site / "_static").rglob("*.css"))
     assert "prefers-color-scheme:dark" in css.replace(" ", "")
-    page = (site / "distill/03_queries.html").read_text(encoding="utf-8")
+    page = (site / "distill/04_queries.html").read_text(encoding="utf-8")
     assert "tex-chtml.js" in page and list((site / "_static/mathjax").rglob("*.woff"))
 
 
@@ -188,7 +188,7 @@ def test_no_page_is_wider_than_its_window(site, tmp_path):
                 "index",
                 "guides/which_method",
                 "guides/troubleshooting",
-                "distill/03_queries",
+                "distill/04_queries",
                 "deploy/10_latency",
                 "api/train.run",
                 "search",

@@ -296,7 +296,8 @@ class Deployed(nn.Module):
     ) -> tuple:  # as `POSTS` says
         "Detections, the surest first"
         if self.post == "none": return self.net(images)
-        out = self.net(images.float().permute(0, 3, 1, 2) / 255)  # cast first: TensorRT takes uint8 in no other operation
+        # cast first: TensorRT takes uint8 in no other operation
+        out = self.net(images.float().permute(0, 3, 1, 2) / 255)
         scores, labels, boxes = top_detections(*out, self.limit)
         boxes = to_xyxy(boxes).clamp(0, 1)
         return scores, labels, boxes if sizes is None else boxes * sizes.float().flip(1).repeat(1, 2)[:, None]
