@@ -8,7 +8,8 @@ canonical: R18 ← R50, 640 px, batch 2, float32, 300 queries, 80 classes, 7 box
 toy: the toy student, 128 px, batch 16, float32, 5 classes; its fusion blocks as long as transformers' (which are fixed)
 Each step: teacher, student with denoising, losses of all layers, backward, clipped gradients, AdamW, average of the
 weights. Every student is float32; live_bf16 has its teacher in bfloat16 (teacher_precision). Ours is the learner's
-own step; theirs takes the teacher's surest 100 queries, pairs them with the student's by the Hungarian algorithm once a step, and compares scores, boxes and embeddings. Loading images is in neither."""
+own step; theirs takes the teacher's surest 100 queries, pairs them with the student's by the Hungarian algorithm once a
+step, and compares scores, boxes and embeddings. Loading images is in neither."""
 
 import copy, json, statistics, sys, tempfile, time
 from pathlib import Path
