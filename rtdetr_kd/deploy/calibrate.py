@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BINS', 'LEVELS', 'RANGE_METHODS', 'PARTS', 'DEFAULT', 'NO_IMAGES', 'VAL_IS_FINAL', 'in_steps', 'entropy_of',
-           'threshold', 'part_of', 'quantisable', 'users_of', 'watched', 'observer', 'extremes', 'histograms',
+           'threshold', 'quantised_part', 'quantisable', 'users_of', 'watched', 'observer', 'extremes', 'histograms',
            'check_calibration', 'calibrate', 'save_recipe', 'load_recipe']
 
 # %% ../../nbs/deploy/04_calibrate.ipynb #a20fd539
@@ -70,7 +70,7 @@ PARTS = dict(  # name -> how the names of its nodes begin
 DEFAULT = ("backbone", "fusion")  # become integers; the rest stays in float
 
 # %% ../../nbs/deploy/04_calibrate.ipynb #bd29e548
-def part_of(
+def quantised_part(
     node,  # of an ONNX graph
     weights: set,  # names of the graph's constants
 ) -> str | None:  # a key of `PARTS`
@@ -86,7 +86,7 @@ def quantisable(
     "What could be quantised"
     weights, out = {i.name for i in model.graph.initializer}, {p: [] for p in PARTS}
     for n in model.graph.node:
-        if p := part_of(n, weights): out[p].append(n)
+        if p := quantised_part(n, weights): out[p].append(n)
     return out
 
 # %% ../../nbs/deploy/04_calibrate.ipynb #a59b4fde
