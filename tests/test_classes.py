@@ -54,7 +54,7 @@ def test_queries_leave_the_scores_out(tiny, teacher, tmp_path, capsys):
 @pytest.mark.parametrize("method, term", [("logit", "kd_logit"), ("query", "kd_score")])
 def test_by_name_compares_the_common_classes(tiny, teacher, tmp_path, method, term):
     l = learner(tiny, teacher, tmp_path, method=method, teacher_classes="by_name")
-    assert l.columns == ([2, 0], [1, 3])  # data: zero one two three ...
+    assert l.distillation.columns == ([2, 0], [1, 3])  # data: zero one two three ...
     loss = terms(l)[term]
     assert loss.isfinite() and loss > 0
     loss.backward()
