@@ -348,7 +348,9 @@ def test_a_published_run_is_made_again_to_the_last_digit(tiny, tmp_path):
     assert r["metrics"] == was and r["cost"] == dict(seconds=was["train_seconds"],
                                                      images=24) and r["commit"] and r["date"]
     assert [row["epoch"] for row in log_of("r", tmp_path / "published")] == [1]
-    put_line(tmp_path / "published/runs.jsonl", r | dict(metrics=was | dict(select_AP=was["select_AP"] + 1e-9)))
+    assert r["config"]["data"] == tiny.name  # no path of this machine
+    other = was | dict(select_AP=was["select_AP"] + 1e-9)
+    put_line(tmp_path / "published/runs.jsonl", r | dict(metrics=other, config=r["config"] | dict(data=str(tiny))))
     with pytest.raises(ValueError, match="r came out otherwise: select_AP"):
         reproduce("r", tmp_path / "again", tmp_path / "published")
 
