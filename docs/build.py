@@ -259,10 +259,12 @@ def from_elsewhere() -> list:
         r'<(?:script|img|iframe|source)[^>]+src="(?:https?:)?//[^"]+"'
         r'|<link[^>]+rel="(?:stylesheet|preload|icon)"[^>]+href="(?:https?:)?//[^"]+"|@import|url\(\s*["\']?https?:'
     )
+    # code that is shown loads nothing
+    shown = lambda p: re.sub(r"<pre.*?</pre>", "", p.read_text(errors="replace"), flags=re.S)
     return sorted(
         f"{p.relative_to(site)}: {m[0][:100]}"
         for p in [*site.rglob("*.html"), *site.rglob("*.css")]
-        if (m := load.search(p.read_text(errors="replace")))
+        if (m := load.search(shown(p)))
     )
 
 
