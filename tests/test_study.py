@@ -8,7 +8,7 @@ import pytest
 from rtdetr_kd.study import grid, runner
 from rtdetr_kd.train.config import configure
 from rtdetr_kd.model.evaluate import coco_ap
-from rtdetr_kd.study.matches import NAMES, draws, figures, load, matches_of, packed, resampled, unpacked
+from rtdetr_kd.study.matches import NAMES, draws, figures, load, matches_of, packed_matches, resampled, unpacked_matches
 from rtdetr_kd.study.records import log_of, match_bytes, names_in, put_line, put_member, record, records, runs_of_study
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ def test_ap_from_matches_is_coco_ap_to_the_last_digit(seed):
     gt, found = scenes(seed)
     m = matches_of(gt, found)
     want = coco_ap(gt, found)
-    assert figures(m) == figures(unpacked(packed(m))) == {k: want[k] for k in NAMES}
+    assert figures(m) == figures(unpacked_matches(packed_matches(m))) == {k: want[k] for k in NAMES}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -194,7 +194,7 @@ def test_a_changed_match_is_refused(small, tmp_path):
     m = load("toy-cwd", small)
     k = np.flatnonzero(m.right[:, 0].any(1))[40]
     m.right[k], m.wrong[k] = False, True  # one detection that was right is called wrong
-    put_member(tmp_path / "p/matches.tar", "toy-cwd.npz.xz", packed(m))
+    put_member(tmp_path / "p/matches.tar", "toy-cwd.npz.xz", packed_matches(m))
     refused(tmp_path / "p", "toy-cwd: AP is .* by its matches")
 
 

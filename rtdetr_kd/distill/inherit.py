@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FROM_THE_END', 'BLOCK', 'FUSE', 'LAYER', 'MODULES', 'TENSOR', 'SPECIAL', 'SCALES', 'OWN_BACKBONE', 'OWN_NUMBERS',
            'HOW', 'OF_QUERIES', 'NO_IMAGES', 'by_level', 'Anatomy', 'anatomy', 'streams', 'evenly', 'head_channels',
-           'point_rows', 'class_rows', 'strengths', 'Cut', 'in_a_row', 'cut_tensor', 'rescaled', 'which_layers',
+           'point_rows', 'class_rows', 'channel_strengths', 'Cut', 'in_a_row', 'cut_tensor', 'rescaled', 'which_layers',
            'source_of', 'selection', 'same_backbones', 'Inherited', 'index_of', 'conv3_of', 'part_of', 'sources',
-           'sentences', 'cut_out', 'measure_norms', 'Site', 'as_rows', 'some', 'listen', 'open_ended', 'Heard',
-           'input_at', 'running_order', 'LeastSquares', 'norm_behind', 'heal', 'questions', 'outputs_at', 'to_heal',
-           'fit', 'inherit', 'scramble']
+           'sentences', 'measure_norms', 'Site', 'as_rows', 'some', 'listen', 'open_ended', 'Heard', 'input_at',
+           'running_order', 'LeastSquares', 'norm_behind', 'heal', 'tap_questions', 'outputs_at', 'to_heal', 'fit',
+           'inherit', 'scramble']
 
 # %% ../../nbs/distill/09_inherit.ipynb #df33dd3c
 import re, zlib
@@ -169,7 +169,7 @@ def class_rows(
     return rows
 
 # %% ../../nbs/distill/09_inherit.ipynb #31ca8721
-def strengths(
+def channel_strengths(
     teacher: RTDETR,  # whose channels are compared
 ) -> dict:  # {stream: (t,)}
     "How strong each channel of each stream is: the scales of its norms, or the length of the rows that write it"
@@ -190,7 +190,7 @@ class Cut:
         how: str = "even",  # or strongest
     ):
         self.s, self.t, self.kept = student.spec, teacher.spec, {}
-        self.strengths = strengths(teacher) if how == "strongest" else {}
+        self.strengths = channel_strengths(teacher) if how == "strongest" else {}
         self.fixed = {"S0", "memory"}  # they carry codes of place
 
     def chosen(self, stream, t, s):  # (s,) or None
@@ -416,7 +416,7 @@ def sentences(
 
 # %% ../../nbs/distill/09_inherit.ipynb #28631cc3
 @torch.no_grad()
-def cut_out(
+def cut_tensor(
     student: RTDETR,  # changed in place
     teacher: RTDETR,  # not changed
     how: str = "even",  # or strongest: which channels of a stream
@@ -623,7 +623,7 @@ def heal(
 
 # %% ../../nbs/distill/09_inherit.ipynb #012e5ba0
 @torch.no_grad()
-def questions(
+def tap_questions(
     student: RTDETR,  # whose grid counts
     teacher: RTDETR,  # that asks
     x: Tensor,  # (b,3,h,w)
@@ -650,7 +650,7 @@ def outputs_at(
 
 # %% ../../nbs/distill/09_inherit.ipynb #c95585d7
 def to_heal(
-    student: RTDETR,  # after `cut_out`
+    student: RTDETR,  # after `cut_tensor`
     teacher: RTDETR,  # it was cut from
     report: Inherited,  # of the cut
     order: dict,  # {Site: rows}
@@ -670,7 +670,7 @@ def to_heal(
 
 # %% ../../nbs/distill/09_inherit.ipynb #495fa03e
 def fit(
-    student: RTDETR,  # after `cut_out`, changed in place
+    student: RTDETR,  # after `cut_tensor`, changed in place
     teacher: RTDETR,  # it was cut from
     report: Inherited,  # of the cut
     images: list,  # batches (b,3,h,w) in 0..1; a hundred images or more
@@ -678,7 +678,7 @@ def fit(
 ) -> list:  # the sites that were solved anew
     "Heal a cut: each layer reproduces what it can of the teacher's"
     student.eval(), teacher.eval()
-    asked = [questions(student, teacher, x) for x in images]
+    asked = [tap_questions(student, teacher, x) for x in images]
     order = running_order(student, images[0][:1], tuple(p[:1] for p in asked[0]))
     sites = to_heal(student, teacher, report, order)
     keep = lambda site, rows: some(rows, order[site], site)
@@ -708,7 +708,7 @@ def inherit(
     one_of("scale", scale, SCALES)
     one_of("layers", layers, ("first", "spaced"))
     if how == "fit" and not images: raise ValueError(NO_IMAGES)
-    report = cut_out(student, teacher, "strongest" if how == "strongest" else "even", scale, layers, parts)
+    report = cut_tensor(student, teacher, "strongest" if how == "strongest" else "even", scale, layers, parts)
     if how == "fit": fit(student, teacher, report, images)
     elif images: measure_norms(student, images)
     student.eval()

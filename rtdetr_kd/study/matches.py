@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PARTS', 'Matches', 'kept_rows', 'patterns', 'matches_of', 'figures', 'running', 'reached', 'class_ap',
-           'events', 'class_aps', 'resampled', 'draws', 'packed', 'unpacked', 'load', 'resamples_of', 'matches_of_run',
-           'keep_matches']
+           'events', 'class_aps', 'resampled', 'draws', 'packed_matches', 'unpacked_matches', 'load', 'resamples_of',
+           'matches_of_run', 'keep_matches']
 
 # %% ../../nbs/study/04_matches.ipynb #2a4b4a24
 import argparse, io, lzma
@@ -195,7 +195,7 @@ def draws(
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), n)
 
 # %% ../../nbs/study/04_matches.ipynb #e982e896
-def packed(
+def packed_matches(
     m: Matches,  # of a run
 ) -> bytes:
     "About a hundred kilobytes for 800 images"
@@ -208,11 +208,11 @@ def packed(
     return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 # %% ../../nbs/study/04_matches.ipynb #8aaae102
-def unpacked(
-    data: bytes,  # of `packed`
+def unpacked_matches(
+    data: bytes,  # of `packed_matches`
     name: str = "a file",  # for the message
 ) -> Matches:
-    "What `packed` made; raises ValueError for anything else"
+    "What `packed_matches` made; raises ValueError for anything else"
     try: z = np.load(io.BytesIO(lzma.decompress(data)))
     except (lzma.LZMAError, ValueError, OSError) as e:
         raise ValueError(
@@ -230,7 +230,7 @@ def load(
     folder: Path | None = None,  # of run folders, or of published files; None: the published ones
 ) -> Matches:
     "A run's matches; raises ValueError where they were not kept"
-    return unpacked(match_bytes(run, folder), f"{run}/{FILE}")
+    return unpacked_matches(match_bytes(run, folder), f"{run}/{FILE}")
 
 # %% ../../nbs/study/04_matches.ipynb #84ab7fe1
 def resamples_of(
@@ -241,7 +241,7 @@ def resamples_of(
 ) -> dict:  # truth (a digest), images, val (figures), draws (n, figures)
     "A run's six APs on val itself, and some on resamples of it"
     def compute():
-        m = unpacked(data, name)
+        m = unpacked_matches(data, name)
         on_val = resampled(m, np.ones((1, m.images), int))[0]
         return dict(truth=digest(m.truth), images=m.images, val=dict(zip(NAMES, on_val)),
                     draws=resampled(m, draws(m.images, n), list(names)).tolist())
@@ -276,7 +276,7 @@ def keep_matches(
             if r["metrics"] == record_of(run)["metrics"]] if published else []
     if published and not same: return "not published, left out"
     if not (run / FILE).exists():
-        data = packed(matches_of_run(run))
+        data = packed_matches(matches_of_run(run))
         write_whole(run / FILE, lambda p: p.write_bytes(data))
     elif not published: return "is there"
     if published: put_member(published_folder() / "matches.tar", f"{same[0]}.npz.xz", (run / FILE).read_bytes())
