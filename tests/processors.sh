@@ -17,8 +17,8 @@ settings=("$@")
   PYTHONPATH=tests/rounding       # no processor's: an image alone is rounded otherwise than in a batch
 )
 parts=(${PARTS:-nbs/model nbs/distill nbs/train nbs/study/04_matches.ipynb nbs/study/08_attention_maps.ipynb
-  nbs/study/09_attention_study.ipynb nbs/deploy/00_graph.ipynb nbs/deploy/01_export.ipynb nbs/deploy/02_verify.ipynb
-  nbs/deploy/03_calibrate.ipynb nbs/deploy/04_quantize.ipynb nbs/deploy/05_engine.ipynb
+  nbs/study/09_attention_study.ipynb nbs/deploy/00_graph.ipynb nbs/deploy/02_export.ipynb nbs/deploy/03_verify.ipynb
+  nbs/deploy/04_calibrate.ipynb nbs/deploy/05_quantize.ipynb nbs/deploy/06_engine.ipynb
   tests/test_attention.py tests/test_cache.py tests/test_classes.py tests/test_distributed.py tests/test_edges.py
   tests/test_export.py tests/test_memory.py tests/test_methods.py tests/test_reference.py tests/test_training.py
   tests/test_transformers.py})
@@ -27,6 +27,7 @@ echo "setting | part | result | seconds" > "$logs/table"
 failed=0
 
 run() { # PART: a notebook, a room of notebooks, or a file of tests
+  [[ -e $1 ]] || { echo "there is no $1"; return 1; }  # nbdev_test says that all is well
   if [[ $1 == tests/* ]]; then pytest -q -p no:cacheprovider "$1"; else nbdev_test --n_workers 1 --path "$1"; fi
 }
 
