@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rtdetr_kd.distill.inherit import anatomy, by_level, cut_tensor, evenly, inherit, measure_norms, scramble, streams
+from rtdetr_kd.distill.inherit import anatomy, by_level, cut_student, evenly, inherit, measure_norms, scramble, streams
 from rtdetr_kd.model.detector import RTDETR, Spec
 from rtdetr_kd.model.losses import detection_losses
 from rtdetr_kd.model.sizes import SIZES
@@ -76,7 +76,7 @@ def test_one_index_set_for_each_stream(shipped):
     "Every tensor of the student is the teacher's at the index sets of its streams"
     for how in ("even", "strongest"):
         student = made("toy")
-        report, net = cut_tensor(student, shipped, how, scale="none"), anatomy(made("toy"))
+        report, net = cut_student(student, shipped, how, scale="none"), anatomy(made("toy"))
         for k, v in student.state_dict().items():
             if not v.dim(): continue
             w = shipped.state_dict()[report.sources[k]]

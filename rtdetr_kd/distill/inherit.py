@@ -7,9 +7,9 @@ __all__ = ['FROM_THE_END', 'BLOCK', 'FUSE', 'LAYER', 'MODULES', 'TENSOR', 'SPECI
            'HOW', 'OF_QUERIES', 'NO_IMAGES', 'by_level', 'Anatomy', 'anatomy', 'streams', 'evenly', 'head_channels',
            'point_rows', 'class_rows', 'channel_strengths', 'Cut', 'in_a_row', 'cut_tensor', 'rescaled', 'which_layers',
            'source_of', 'selection', 'same_backbones', 'Inherited', 'index_of', 'conv3_of', 'part_of', 'sources',
-           'sentences', 'measure_norms', 'Site', 'as_rows', 'some', 'listen', 'open_ended', 'Heard', 'input_at',
-           'running_order', 'LeastSquares', 'norm_behind', 'heal', 'tap_questions', 'outputs_at', 'to_heal', 'fit',
-           'inherit', 'scramble']
+           'sentences', 'cut_student', 'measure_norms', 'Site', 'as_rows', 'some', 'listen', 'open_ended', 'Heard',
+           'input_at', 'running_order', 'LeastSquares', 'norm_behind', 'heal', 'tap_questions', 'outputs_at', 'to_heal',
+           'fit', 'inherit', 'scramble']
 
 # %% ../../nbs/distill/09_inherit.ipynb #df33dd3c
 import re, zlib
@@ -416,7 +416,7 @@ def sentences(
 
 # %% ../../nbs/distill/09_inherit.ipynb #28631cc3
 @torch.no_grad()
-def cut_tensor(
+def cut_student(
     student: RTDETR,  # changed in place
     teacher: RTDETR,  # not changed
     how: str = "even",  # or strongest: which channels of a stream
@@ -650,7 +650,7 @@ def outputs_at(
 
 # %% ../../nbs/distill/09_inherit.ipynb #c95585d7
 def to_heal(
-    student: RTDETR,  # after `cut_tensor`
+    student: RTDETR,  # after `cut_student`
     teacher: RTDETR,  # it was cut from
     report: Inherited,  # of the cut
     order: dict,  # {Site: rows}
@@ -670,7 +670,7 @@ def to_heal(
 
 # %% ../../nbs/distill/09_inherit.ipynb #495fa03e
 def fit(
-    student: RTDETR,  # after `cut_tensor`, changed in place
+    student: RTDETR,  # after `cut_student`, changed in place
     teacher: RTDETR,  # it was cut from
     report: Inherited,  # of the cut
     images: list,  # batches (b,3,h,w) in 0..1; a hundred images or more
@@ -708,7 +708,7 @@ def inherit(
     one_of("scale", scale, SCALES)
     one_of("layers", layers, ("first", "spaced"))
     if how == "fit" and not images: raise ValueError(NO_IMAGES)
-    report = cut_tensor(student, teacher, "strongest" if how == "strongest" else "even", scale, layers, parts)
+    report = cut_student(student, teacher, "strongest" if how == "strongest" else "even", scale, layers, parts)
     if how == "fit": fit(student, teacher, report, images)
     elif images: measure_norms(student, images)
     student.eval()
