@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect
 from ..deploy.runner import Runner
 from .batching import (BUSY, NOT_AN_IMAGE, TOO_MANY_PIXELS, UNDECODABLE, DetectQuery, Limits, Refused,
                                       Service, detect_image, log, warm_up)
-from .worker_process import PROCESS_GONE, open_served
+from .worker_process import PROCESS_GONE, Copies, open_served
 
 # %% ../../nbs/serve/02_app.ipynb #44a9e304
 LOWEST = "Lowest score; the server's own if absent"
@@ -498,7 +498,10 @@ def open_again(
 async def reload(
     service: Service,  # with the path of its weights
 ):
-    "Open the weights again and serve them, or say why not"
+    "Open the weights again and serve them, or say why not; over when the old model's processes have ended"
+    old = service.worker.runner.call
+    ended = old.ended(service.limits.seconds + 5) if isinstance(old, Copies) else lambda: None
+    del old                                                  # or it would not end
     try:
         with ThreadPoolExecutor(1) as own:
             service.worker.runner = await asyncio.get_running_loop().run_in_executor(own, open_again, service)
@@ -508,6 +511,7 @@ async def reload(
         return
     service.metrics.reloads.labels("ok").inc()
     log.info(json.dumps(dict(event="reloaded", weights=service.worker.runner.about["weights"])))
+    await asyncio.to_thread(ended)                           # it finishes what it is computing
 
 # %% ../../nbs/serve/02_app.ipynb #0496cc02
 async def reload_when_told(

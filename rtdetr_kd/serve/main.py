@@ -132,5 +132,6 @@ def main(
     app = create_app(runner, limits, a.threshold, a.token, a.weights, options)
     start = dict(event="start", at=f"http://{a.host}:{a.port}", weights=a.weights.name, backend=runner.backend)
     log.info(json.dumps(start | dict(precision=runner.precision) | options))
+    del runner                                               # the app has it; after a reload nobody may
     uvicorn.run(app, host=a.host, port=a.port, log_config=None, access_log=False, server_header=False,
                 timeout_graceful_shutdown=int(a.seconds) + 5)

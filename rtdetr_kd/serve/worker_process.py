@@ -7,6 +7,7 @@ __all__ = ['PROCESS_GONE', 'serve_calls', 'process_main', 'WorkerProcess', 'Copi
 
 # %% ../../nbs/serve/01_worker_process.ipynb #86fdee8a
 import os, pickle, queue, signal, subprocess, sys, threading
+from contextlib import suppress
 from pathlib import Path
 
 from ..deploy.runner import Runner
@@ -70,7 +71,7 @@ class WorkerProcess:
 
     def __del__(self):
         if not hasattr(self, "process"): return
-        self.process.stdin.close()
+        with suppress(OSError): self.process.stdin.close()  # it may be gone, with a question in the pipe
         threading.Thread(target=self.process.wait).start()  # nobody waits for it
 
 # %% ../../nbs/serve/01_worker_process.ipynb #d1facfdd
@@ -93,6 +94,16 @@ class Copies:
     def alive(self) -> bool:
         "Is every process there that computes?"
         return all(c.alive() for c in self.calls if isinstance(c, WorkerProcess))
+
+    def ended(self,
+        seconds: float,  # to wait
+    ):
+        "A function that waits for the processes to end, as they do with the last reference to this, and holds none"
+        there = [c.process for c in self.calls if isinstance(c, WorkerProcess)]
+        def wait():
+            for process in there:
+                with suppress(subprocess.TimeoutExpired): process.wait(seconds)
+        return wait
 
 # %% ../../nbs/serve/01_worker_process.ipynb #6a287523
 def open_in_process(
