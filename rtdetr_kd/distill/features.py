@@ -9,10 +9,11 @@ __all__ = ['full', 'pair_levels', 'width', 'adapters', 'adapted', 'splat', 'blur
 # %% ../../nbs/distill/03_features.ipynb #7fa6c9a0
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .teacher import Method, foreground, layer_pairs
-from .logits import match_queries, partners
+from .teacher import Method, drawn, foreground, layer_pairs, lots_of
+from .logits import confidence, match_queries, normaliser, partners
 from ..model.detector import RTDETR, Output
 
 # %% ../../nbs/distill/03_features.ipynb #e064bb1b
@@ -106,6 +107,7 @@ def attention_loss(
     grid: int = 20,  # cells a side of the maps
     same_classes: bool = True,  # whether scores may be compared by column
     match=match_queries,  # who finds the pairs
+    mass: Tensor | None = None,  # share · Σw of a whole batch, of which this is a part
 ) -> Tensor:  # scalar
     "Distance of attention maps over paired queries, weighted by the teacher's confidence"
     s, t = student.signals, teacher.signals
@@ -113,7 +115,7 @@ def attention_loss(
     w = foreground(t.logits[-1])[i, r]  # (k,)
     look = lambda v, layer, row: (v.sampling_points[layer][i, row], v.sampling_weights[layer][i, row])
     d = [attention_map_distance(look(s, a, q), look(t, b, r), grid) for a, b in pairs]  # (k,) each
-    return (w * torch.stack(d).mean(0)).sum() / w.sum().clamp(min=1)
+    return (w * torch.stack(d).mean(0)).sum() / normaliser(w, t.logits[-1], s.logits.shape[2], mass)
 
 # %% ../../nbs/distill/03_features.ipynb #9a776f6e
 def attention_map_kl(
@@ -131,6 +133,7 @@ def attention_map_kl(
 class FeatureKD(Method):
     "Encoder maps by squared error through a learned projection (after FitNets), and where paired queries look"
     needs = ("memory",)
+    weighs = True
     def __init__(self,
         student: RTDETR,  # that shall learn: its width
         teacher: RTDETR,  # that it learns from: its width
@@ -150,14 +153,24 @@ class FeatureKD(Method):
         teacher: Output,  # with signals
         targets: list | None = None,  # not used
         progress: float = 0.,  # not used
+        mass: Tensor | None = None,  # share · Σw of a whole batch, of which this is a part
     ) -> dict:
         "The terms kd_feature and kd_attention_map"
         apart = [F.mse_loss(s, t) for s, t in adapted(student, teacher, self.adapters)]
         terms = dict(kd_feature=self.feature * torch.stack(apart).mean())
         if self.looks:
-            d = attention_loss(student, teacher, self.pairs, self.grid, self.same_classes, self.match)
+            d = attention_loss(student, teacher, self.pairs, self.grid, self.same_classes, self.match, mass)
             terms["kd_attention_map"] = self.attention * d
         return terms
+
+# %% ../../nbs/distill/03_features.ipynb #dd10046f
+@patch
+def weight(self: FeatureKD,
+    teacher: Output,  # with signals
+    queries: int,  # of the student
+) -> Tensor | None:  # scalar; None without the attention term
+    "Σw of these images"
+    return confidence(teacher.signals.logits[-1], queries) if self.looks else None
 
 # %% ../../nbs/distill/03_features.ipynb #f09254a7
 def channel_kl(
@@ -195,9 +208,11 @@ class CWD(Method):
 def random_mask(
     x: Tensor,  # (b,c,h,w)
     ratio: float = .65,  # the share of places that are hidden
+    lots: list | None = None,  # of each image, a tuple of whole numbers; None: torch's global generator
 ) -> Tensor:  # (b,1,h,w) 1: visible, 0: hidden
-    "Which places stay visible, by torch's global generator"
-    u = torch.rand(len(x), 1, *x.shape[-2:], device=x.device)
+    "Which places stay visible: an image's own lot decides, or the generator"
+    shape = (1, *x.shape[-2:])
+    u = torch.rand(len(x), *shape, device=x.device) if lots is None else drawn(shape, lots).to(x.device)
     return (u >= ratio).to(x.dtype)
 
 # %% ../../nbs/distill/03_features.ipynb #714c1395
@@ -223,10 +238,12 @@ class MGD(Method):
     def forward(self,
         student: Output,  # with signals
         teacher: Output,  # with signals
-        targets: list | None = None,  # not used
+        targets: list | None = None,  # their `lot` decides what is hidden, where they have one
         progress: float = 0.,  # not used
     ) -> dict:
         "One term, `kd_mgd`"
-        pairs = adapted(student, teacher, self.adapters)
-        apart = [F.mse_loss(g(s * random_mask(s, self.ratio)), t) for g, (s, t) in zip(self.generators, pairs)]
+        pairs, lots = adapted(student, teacher, self.adapters), lots_of(targets)
+        of = lambda level: [(*lot, level) for lot in lots] if lots else None
+        hidden = [s * random_mask(s, self.ratio, of(level)) for level, (s, _) in enumerate(pairs)]
+        apart = [F.mse_loss(g(s), t) for g, s, (_, t) in zip(self.generators, hidden, pairs)]
         return dict(kd_mgd=torch.stack(apart).mean())
