@@ -16,7 +16,7 @@ KINDS = dict(
     both=("query", dict(points="both", lots=20)), random=("query", dict(points="random", lots=20)),
     logit=("logit", {}), softmax=("logit", dict(mode="softmax")),
     feature=("feature", {}), maps=("feature", dict(attention=0)),
-    cwd=("cwd", {}), mgd=("mgd", {}), sum=("query+mgd", {}), stage=("stage", {}))
+    cwd=("cwd", {}), pkd=("pkd", {}), mgd=("mgd", {}), sum=("query+mgd", {}), stage=("stage", {}))
 
 
 @pytest.fixture(scope="module")

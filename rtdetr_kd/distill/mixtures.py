@@ -12,13 +12,13 @@ from fastcore.basics import patch
 from torch import nn
 
 from .teacher import Method
-from .features import CWD, MGD, FeatureKD
+from .features import CWD, MGD, PKD, FeatureKD
 from .logits import LogitKD
 from .queries import QueryKD
 from ..model.detector import RTDETR, Output
 
 # %% ../../nbs/distill/05_mixtures.ipynb #855ba777
-METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, mgd=MGD, query=QueryKD)
+METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, pkd=PKD, mgd=MGD, query=QueryKD)
 
 # %% ../../nbs/distill/05_mixtures.ipynb #6ab6a5e5
 class Mix(Method):

@@ -201,11 +201,14 @@ def lots_of(
 def masses(
     weights: list,  # Σw of each part: scalars, dicts {method: scalar}, or None
     shares: list,  # of the batch's images that each part has
+    total=sum,  # of the weights; over processes, of theirs as well
 ) -> list:  # what each part's weighted sums are divided by, of the same kind
     "One normaliser for all parts of a batch, so that share · term adds up"
     if weights[0] is None: return [None] * len(shares)
-    if not isinstance(weights[0], dict): return [share * sum(weights).clamp(min=1) for share in shares]
-    by_name = {k: masses([w[k] for w in weights], shares) for k in weights[0]}
+    if not isinstance(weights[0], dict):
+        mass = total(weights).clamp(min=1)
+        return [share * mass for share in shares]
+    by_name = {k: masses([w[k] for w in weights], shares, total) for k in weights[0]}
     return [{k: m[p] for k, m in by_name.items()} for p in range(len(shares))]
 
 # %% ../../nbs/distill/01_teacher.ipynb #6909eaf8
