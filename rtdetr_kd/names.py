@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/names.ipynb #cfd1e34b
-ROOMS = ["files", "data", "model", "distill", "train", "study", "deploy", "serve"]  # each knows those before it
+ROOMS = ["files", "data", "model", "distill", "train", "study", "deploy", "serve", "command"]  # each knows those before
 
 # %% ../nbs/names.ipynb #47a5edf6
 def modules(

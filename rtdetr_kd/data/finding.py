@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLD', 'NO_END', 'Asked', 'lowest', 'Finder', 'as_detections', 'squeezed', 'looked', 'cuts', 'merged',
-           'in_tiles', 'find', 'answer']
+           'in_tiles', 'find', 'detect_with']
 
 # %% ../../nbs/data/13_finding.ipynb #eeee8c97
 import itertools
@@ -164,10 +164,10 @@ def find(
         else: found = looked(f, [p.pixels for p in some], asked.batch)
         for p, (s, c, b) in zip(some, found): yield as_detections(f, asked, p, s, c, b)
 
-# %% ../../nbs/data/13_finding.ipynb #b389bb22
+# %% ../../nbs/data/13_finding.ipynb #6e51382f
 NO_END = "{source} has no end, so its detections are no list: give stream=True, and stop when you like"
 
-def answer(
+def detect_with(
     f: Finder,  # the detector
     source,  # as for `read_source`
     asked: Asked,  # what is wanted

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAD_FLOATS', 'CHANNELS_FIRST', 'MOST_BYTES', 'NOT_FETCHED', 'NO_URLS', 'VIDEOS', 'NO_CV2', 'NO_VIDEO', 'NO_PICTURES',
            'NO_SOURCE', 'Picture', 'to_bytes', 'from_array', 'fetch_bytes', 'is_url', 'one_picture', 'is_camera',
-           'frames', 'files_of', 'is_one', 'named', 'read_source']
+           'frames', 'picture_files', 'is_one', 'named_picture', 'read_source']
 
 # %% ../../nbs/data/11_sources.ipynb #936cd69d
 import glob, io, urllib.error, urllib.request
@@ -136,10 +136,10 @@ def frames(
         while (got := video.read())[0]: yield got[1][..., ::-1].copy()
     finally: video.release()
 
-# %% ../../nbs/data/11_sources.ipynb #171f5a94
+# %% ../../nbs/data/11_sources.ipynb #9c8c3057
 NO_PICTURES = "{where}: there is no picture in it (their names end in {kinds})"
 
-def files_of(
+def picture_files(
     source: str | Path,  # a folder, or a pattern with * ? [
 ) -> list:  # paths, sorted
     "The picture files of a folder and the folders below it, or of a pattern. `ValueError` if there are none"
@@ -163,11 +163,11 @@ def is_one(
     return p.is_file() and p.suffix.lower() not in VIDEOS or not (
         p.is_dir() or p.suffix.lower() in VIDEOS or glob.has_magic(str(p)))
 
-# %% ../../nbs/data/11_sources.ipynb #81da6e01
+# %% ../../nbs/data/11_sources.ipynb #a777a5f8
 NO_SOURCE = ("a source is a path, folder, pattern, address, video, camera:0, bytes, PIL image, array, tensor, "
              "or a list of those, not {kind}")
 
-def named(
+def named_picture(
     source,  # a single picture
     k: int,  # its number
     **how,  # bgr, urls, limit: of `one_picture`
@@ -188,13 +188,13 @@ def read_source(
     "One picture after the other, none before it is asked for. `FileNotFoundError`, `ValueError`"
     how = dict(bgr=bgr, urls=urls, limit=limit)
     if isinstance(source, Picture): yield source
-    elif is_one(source): yield named(source, 0, **how)
+    elif is_one(source): yield named_picture(source, 0, **how)
     elif is_camera(source) or isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEOS:
         for k, pixels in enumerate(frames(source)): yield Picture(pixels, f"{source}#{k}", frame=k)
     elif isinstance(source, (str, Path)):
-        for k, f in enumerate(files_of(source)): yield named(f, k, **how)
+        for k, f in enumerate(picture_files(source)): yield named_picture(f, k, **how)
     elif not hasattr(source, "__iter__"): raise ValueError(NO_SOURCE.format(kind=type(source).__name__))
     else:
         for k, s in enumerate(source):
             if isinstance(s, Picture) or not is_one(s): yield from read_source(s, **how)
-            else: yield named(s, k, **how)
+            else: yield named_picture(s, k, **how)

@@ -69,7 +69,7 @@ def judge_file(
 ) -> tuple:  # Evaluation, predictions
     "Everything about a file on a split"
     detector = open_any(weights, device)
-    known = list(getattr(detector, "thresholds", None) or getattr(getattr(detector, "spec", None), "thresholds", []))
+    known = list(detector.thresholds)
     found = found_by(detector, split, batch)
     cuts = [known[detector.names.index(n)] for n in split.names] if known and own_thresholds else None
     return evaluation(split, found, cuts), found

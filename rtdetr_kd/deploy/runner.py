@@ -21,7 +21,7 @@ import rtdetr_kd
 from ..data.boxes import to_xyxy
 from ..data.dataset import Images
 from ..data.detections import Detections
-from ..data.finding import Asked, Finder, answer
+from ..data.finding import Asked, Finder, detect_with
 from ..data.split import Split
 from .graph import POSTS, Deployed
 from ..model.detector import RTDETR, top_detections
@@ -159,7 +159,7 @@ def detect(self: Runner,
     "Objects in pictures; `FileNotFoundError` or `ValueError` where one cannot be read"
     if image_size not in (None, self.size): raise ValueError(FIXED.format(r=self, size=self.size, given=image_size))
     finder = Finder(self, (self.size, self.size), self.names, self.category_ids, self.thresholds)
-    return answer(finder, source, Asked(threshold, classes, limit, batch, tile), stream, bgr=bgr, urls=urls)
+    return detect_with(finder, source, Asked(threshold, classes, limit, batch, tile), stream, bgr=bgr, urls=urls)
 
 # %% ../../nbs/deploy/01_runner.ipynb #16779415
 def there(

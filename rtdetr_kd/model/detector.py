@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data.boxes import to_xyxy
 from ..data.detections import Detections
-from ..data.finding import Asked, Finder, answer
+from ..data.finding import Asked, Finder, detect_with
 from .backbone import backbone
 from .decoder import Decoder, decode
 from .encoder import HybridEncoder
@@ -220,15 +220,26 @@ def detect(self: RTDETR,
     "Objects in pictures; `FileNotFoundError` or `ValueError` where one cannot be read"
     if device: self.to(device)
     s, look = self.spec, partial(scan, self, limit=max(limit, 300), half=half)
-    ids = s.category_ids or list(range(len(s.names)))
-    finder = Finder(look, sides_of(image_size or s.image_size), s.names, ids, s.thresholds)
-    return answer(finder, source, Asked(threshold, classes, limit, batch, tile), stream, bgr=bgr, urls=urls)
+    finder = Finder(look, sides_of(image_size or s.image_size), self.names, self.category_ids, self.thresholds)
+    return detect_with(finder, source, Asked(threshold, classes, limit, batch, tile), stream, bgr=bgr, urls=urls)
 
 # %% ../../nbs/model/05_detector.ipynb #5ca9f013
 @patch(as_prop=True)
 def names(self: RTDETR) -> list:
     "Names of the classes"
     return self.spec.names
+
+# %% ../../nbs/model/05_detector.ipynb #5ca9f016
+@patch(as_prop=True)
+def category_ids(self: RTDETR) -> list:
+    "Ids of the classes in the data set that they came from; their numbers where there is none"
+    return self.spec.category_ids or list(range(len(self.spec.names)))
+
+# %% ../../nbs/model/05_detector.ipynb #5ca9f017
+@patch(as_prop=True)
+def thresholds(self: RTDETR) -> list:
+    "The lowest score of each class that `detect` reports; empty: the common one"
+    return self.spec.thresholds
 
 # %% ../../nbs/model/05_detector.ipynb #5ca9f014
 @patch(as_prop=True)

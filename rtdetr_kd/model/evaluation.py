@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluation', 'json_rows']
 
-# %% ../../nbs/model/13_evaluation.ipynb #af6cb2be
+# %% ../../nbs/model/13_evaluation.ipynb #226d8c7d
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..data.split import Split, ground_truth
 from ..files import write_json
 from .curves import (
-    ALL, Matched, best_thresholds, class_curves, class_table, confusion, draw_confusion, draw_curves, matched)
+    ALL, Matched, best_thresholds, class_curves, class_table, confusion, draw_confusion, draw_class_curves, matched)
 from .errors import draw_costs, error_costs, worst_pictures
 from .evaluate import coco_ap
 
@@ -73,7 +73,7 @@ def evaluation(
 @patch
 def pictures_of(self: Evaluation) -> dict:  # name: figure
     "Curves, confusions, costs of errors, and the pictures that went worst"
-    return dict(curves=draw_curves(class_curves(self.matches)), confusion=draw_confusion(self.confusion, self.matches.names),
+    return dict(curves=draw_class_curves(class_curves(self.matches)), confusion=draw_confusion(self.confusion, self.matches.names),
                 costs=draw_costs({self.split.name: self.costs}), worst=worst_pictures(self.split, self.matches, self.cuts))
 
 # %% ../../nbs/model/13_evaluation.ipynb #605c02aa
