@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NOT_KEPT', 'is_project', 'root', 'cache_dir', 'embedded', 'write_whole', 'write_json', 'digest', 'in_cache',
            'lock_of', 'remembered', 'nearest', 'one_of', 'unknown', 'Stop', 'plainly', 'cpu_name', 'gpu_name',
-           'versions', 'machine']
+           'versions', 'machine', 'commit_now']
 
 # %% ../nbs/files.ipynb #851e8619
-import difflib, hashlib, json, os
+import difflib, hashlib, json, os, subprocess
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from importlib import metadata
@@ -203,3 +203,10 @@ def machine(
     "What figures depend on"
     cores = os.cpu_count()
     return dict(cpu=cpu_name(), cores=cores, threads=threads or cores, gpu=gpu_name(), **versions(packages))
+
+# %% ../nbs/files.ipynb #a9f01c33
+def commit_now() -> str | None:  # twelve digits; None outside of a git checkout
+    "The commit of this checkout"
+    try: r = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root(), text=True, capture_output=True)
+    except OSError: return None                            # no git here
+    return r.stdout.strip() or None

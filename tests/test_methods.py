@@ -47,6 +47,7 @@ MOVES = dict(  # what a term teaches, beside the student's encoder
     kd_feature=("method",),
     kd_cwd=("method",),
     kd_mgd=("method",),
+    kd_pkd=("method",),
     kd_query=("method",),
     kd_attention_map=LOOK,
     kd_attention=LOOK,

@@ -74,6 +74,9 @@ class CachedAnswers:
         self.files = {k: np.load(self.folder / f"{k}.npy", mmap_mode="r") for k in about["arrays"]}
         starts = about.get("starts", range(0, self.n * self.views, 16))  # older folders: most were filled so
         self.batches = [range(a, z) for a, z in zip(starts, [*starts[1:], self.n * self.views])]
+        self.seconds = json.loads(p.read_text()) if (p := self.folder / "seconds.json").exists() else None
+        spent = self.folder / "seconds.json"
+        self.seconds = json.loads(spent.read_text()) if spent.exists() else None  # of the teacher, if known
         cut = [k for k, v in self.files.items() if len(v) != self.n * self.views]
         if cut: raise ValueError(f"{cut[0]}.npy has {len(self.files[cut[0]])} rows")
 
@@ -198,6 +201,7 @@ def fill_cache(
         for k, v in new.items(): files[k][done:done + len(pixels)] = v
         done += len(pixels)
         if time.time() - state.said > 10 or done == total: state.tell(done, files)
+    if files: write_json(part / "seconds.json", (time.time() - now) * total / (total - state.begun))
 
 # %% ../../nbs/distill/07_cache.ipynb #b76cf75a
 LIVE_ONLY = ("cache='disk': {} questions are drawn by lot in each step, and only a live teacher answers them: "

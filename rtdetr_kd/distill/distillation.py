@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.dataset import Images
 from .cache import cached_answers
 from .mixtures import parts_of
-from .teacher import Method, Teacher, only, random_questions, same_cell, slim, surest
+from .teacher import Method, Teacher, lots_of, only, random_questions, same_cell, slim, surest
 from ..model.detector import RTDETR, Output
 from ..model.weights import weights_mark
 
@@ -95,12 +95,13 @@ def live(self: Distillation,
 @patch
 def drawn(self: Distillation,
     images: Tensor,  # (b,3,h,w)
+    targets: list | None = None,  # their `lot` decides, where they have one
 ) -> tuple | None:  # cells (b,k) and boxes (b,k,4) cxcywh; None if the method draws none
     "Questions by lot, for the teacher and the student alike"
     if not self.method.lots: return None
     model = self.teacher.model
     shapes = map_shapes(model.backbone.strides, *[model.spec.image_size] * 2)
-    return random_questions(len(images), self.method.lots, shapes, images.device)
+    return random_questions(len(images), self.method.lots, shapes, images.device, lots_of(targets))
 
 # %% ../../nbs/distill/08_distillation.ipynb #67804d42
 @patch
@@ -132,7 +133,7 @@ def ask(self: Distillation,
     "The teacher's answer, live or from the cache, and the questions that follow from it"
     by, drawn = int(self.shuffle), None  # the control: the answer to the image before
     if self.answers is None:
-        drawn = self.drawn(images)
+        drawn = self.drawn(images, targets)
         answer = self.live(images.roll(by, 0), drawn)
     else:
         rows = [t["row"] for t in targets]
@@ -155,11 +156,21 @@ def terms(self: Distillation,
     out: Output,  # the student's, with signals and the shared query group if it was asked
     share: float = 1.,  # of the batch's images that are in this part
     progress: float = 0.,  # 0 at the start of training, 1 at its end
+    mass=None,  # of `masses`: what this part's weighted sums are divided by; None: this is the whole batch
 ) -> dict:  # name -> weighted term
     "λ times what the method finds between the two"
-    weight = self.lam * share
+    weight, of = self.lam * share, dict(mass=mass) if mass is not None else {}
     with torch.autocast(out.logits.device.type, enabled=False):
-        return {k: weight * v for k, v in self.method(self.heard(out), answer, targets, progress).items()}
+        return {k: weight * v for k, v in self.method(self.heard(out), answer, targets, progress, **of).items()}
+
+# %% ../../nbs/distill/08_distillation.ipynb #dedde689
+@patch
+def weight(self: Distillation,
+    answer: Output,  # the teacher's
+    queries: int,  # of the student
+):  # Σw of these images, or {part: Σw}; None where nothing is weighed
+    "What the parts of a batch have to add up before they learn (`masses`)"
+    return self.method.weight(answer, queries)
 
 # %% ../../nbs/distill/08_distillation.ipynb #fa18ad4f
 @patch

@@ -8,16 +8,17 @@ __all__ = ['METHODS', 'SHAPES', 'Mix', 'parts_of', 'curriculum', 'make_method']
 # %% ../../nbs/distill/05_mixtures.ipynb #45fb6690
 import math
 
+from fastcore.basics import patch
 from torch import nn
 
 from .teacher import Method
-from .features import CWD, MGD, FeatureKD
+from .features import CWD, MGD, PKD, FeatureKD
 from .logits import LogitKD
 from .queries import QueryKD
 from ..model.detector import RTDETR, Output
 
 # %% ../../nbs/distill/05_mixtures.ipynb #855ba777
-METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, mgd=MGD, query=QueryKD)
+METHODS = dict(none=None, logit=LogitKD, feature=FeatureKD, cwd=CWD, pkd=PKD, mgd=MGD, query=QueryKD)
 
 # %% ../../nbs/distill/05_mixtures.ipynb #6ab6a5e5
 class Mix(Method):
@@ -33,17 +34,29 @@ class Mix(Method):
         self.needs = tuple(dict.fromkeys(n for m in ms for n in m.needs))
         self.asks, self.looks, self.whole = (any(getattr(m, k) for m in ms) for k in ("asks", "looks", "whole"))
         self.lots, self.own = max(m.lots for m in ms), all(m.own for m in ms)
+        self.weighs = any(m.weighs for m in ms)
 
     def forward(self,
         student: Output,  # with what any part needs
         teacher: Output,  # with what any part needs
         targets: list | None = None,  # as the parts want them
         progress: float = 0.,  # 0 at the start of training, 1 at its end
+        mass: dict | None = None,  # {part: share · Σw of a whole batch}, of which this is a part
     ) -> dict:  # named terms, scaled and weighted
         "The terms of all parts, scaled and weighted"
         w = self.weights(progress)
+        of = lambda n, m: dict(mass=mass[n]) if mass and m.weighs else {}
         return {k: w[n] * self.scale[n] * v for n, m in self.parts.items()
-                for k, v in m(student, teacher, targets, progress).items()}
+                for k, v in m(student, teacher, targets, progress, **of(n, m)).items()}
+
+# %% ../../nbs/distill/05_mixtures.ipynb #15ffd7d9
+@patch
+def weight(self: Mix,
+    teacher: Output,  # with signals
+    queries: int,  # of the student
+) -> dict:  # {part: Σw, or None}
+    "The confidence that each part divides by"
+    return {n: m.weight(teacher, queries) for n, m in self.parts.items()}
 
 # %% ../../nbs/distill/05_mixtures.ipynb #42284eee
 def parts_of(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.boxes import giou, to_xyxy
 from .teacher import PER_LAYER, Method, foreground, layer_pairs, take
 from .features import attention_map_distance, attention_map_kl
-from .logits import match_queries, partners
+from .logits import confidence, match_queries, normaliser, partners
 from ..model.detector import RTDETR, Output, Signals
 
 # %% ../../nbs/distill/04_queries.ipynb #0963255c
@@ -121,7 +121,7 @@ LOOKS = dict(
 class QueryKD(Method):
     "Query-KD; on shared queries it is KD-DETR's consistent distillation points (Wang et al., CVPR 2024)"
     needs = ("logits", "boxes", "queries", "reference", "index")
-    scores_optional = True
+    scores_optional = weighs = True
     def __init__(self,
         student: RTDETR,  # that shall learn: its width
         teacher: RTDETR,  # that it learns from: its width
@@ -135,7 +135,7 @@ class QueryKD(Method):
         match=match_queries,  # who finds pairs, where they are looked for
     ):
         super().__init__()
-        pair, self.asks = PAIRINGS[alignment], alignment == "shared"
+        pair, self.asks, self.alignment = PAIRINGS[alignment], alignment == "shared", alignment
         self.pair = partial(pair, match=match) if alignment == "hungarian" else pair
         self.own, self.lots = points != "random", 0 if points == "teacher" else lots
         self.whole, self.looks = alignment == "index", attention > 0
@@ -144,6 +144,29 @@ class QueryKD(Method):
         self.adapters = nn.ModuleList(nn.Linear(student.spec.d, teacher.spec.d) for _ in self.pairs)
         self.attention, self.embedding, self.look_apart = attention, embedding, LOOKS[attention_loss]
 
+# %% ../../nbs/distill/04_queries.ipynb #5607fc20
+@patch
+def alone(self: QueryKD,
+    w: Tensor,  # (b,k) confidence of what is compared
+    student: Output,  # its number of queries counts
+    teacher: Output,  # with signals
+) -> Tensor:  # scalar, at least 1
+    "What a weighted sum is divided by where these images are the whole batch"
+    if self.alignment != "hungarian": return w.sum().clamp(min=1)
+    return normaliser(w, teacher.signals.logits[-1], student.logits.shape[1])
+
+# %% ../../nbs/distill/04_queries.ipynb #764c7559
+@patch
+def weight(self: QueryKD,
+    teacher: Output,  # with signals
+    queries: int,  # of the student
+) -> Tensor:  # scalar
+    "Σw of what will be compared: all questions, the first rows, or the surest that can have a partner"
+    if self.alignment == "hungarian": return confidence(teacher.signals.logits[-1], queries)
+    if self.alignment == "index": return foreground(teacher.signals.logits[-1][:, :queries]).sum()
+    asked = ([teacher.signals] if self.own else []) + ([teacher.shared] if teacher.shared is not None else [])
+    return foreground(torch.cat([s.logits[-1] for s in asked], 1)).sum()
+
 # %% ../../nbs/distill/04_queries.ipynb #0c8ff282
 @patch
 def forward(self: QueryKD,
@@ -151,11 +174,13 @@ def forward(self: QueryKD,
     teacher: Output,  # with signals
     targets=None,  # not used
     progress: float = 0.,  # not used
+    mass: Tensor | None = None,  # share · Σw of a whole batch, of which this is a part
 ) -> dict:  # named terms, unweighted
     "The terms kd_score, kd_box, kd_query and kd_attention"
     s, t = self.pair(student, teacher, self.same_classes)
     w = foreground(t.logits[-1])  # (b,k)
-    mean = lambda x: (w * x).sum() / w.sum().clamp(min=1)
+    if mass is None: mass = self.alone(w, student, teacher)
+    mean = lambda x: (w * x).sum() / mass
     look = lambda v, k: (v.sampling_points[k], v.sampling_weights[k])
     terms = dict(kd_score=[], kd_box=[], kd_query=[], kd_attention=[])
     for (i, j), adapt in zip(self.pairs, self.adapters):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PER_LAYER', 'NO_SIGNAL', 'OTHER_CLASSES', 'NO_SCORES', 'UNKNOWN_CLASSES', 'WEAK_TEACHER', 'Teacher', 'foreground',
-           'take', 'surest', 'place_of', 'random_questions', 'same_cell', 'layer_pairs', 'Method', 'check_signals',
-           'read_by', 'slim', 'same_names', 'told_classes', 'columns_by_name', 'check_classes', 'only', 'teacher_ap',
-           'check_teacher', 'held_memory', 'price']
+           'take', 'surest', 'place_of', 'drawn', 'random_questions', 'same_cell', 'layer_pairs', 'Method', 'lots_of',
+           'masses', 'check_signals', 'read_by', 'slim', 'same_names', 'told_classes', 'columns_by_name',
+           'check_classes', 'only', 'teacher_ap', 'check_teacher', 'held_memory', 'price']
 
 # %% ../../nbs/distill/01_teacher.ipynb #a85f6737
 import time
@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..data.dataset import mix
 from ..data.split import Split
 from ..data.split import part as part_of
 from ..files import digest, remembered
@@ -107,18 +108,33 @@ def place_of(
     return level, at // w, at % w, hw
 
 # %% ../../nbs/distill/01_teacher.ipynb #8ca71f72
+def drawn(
+    shape: tuple,  # of an image's numbers
+    lots: list | int,  # a tuple of whole numbers for each image, or how many images
+    sides: int = 0,  # 0: fractions; else whole numbers below this
+) -> Tensor:  # (b,*shape)
+    "Numbers by lot: each image's from its own lot, or all from torch's global generator"
+    if isinstance(lots, int): return torch.randint(sides, (lots, *shape)) if sides else torch.rand(lots, *shape)
+    of = lambda lot: torch.Generator().manual_seed(mix(*lot))
+    if sides: return torch.stack([torch.randint(sides, shape, generator=of(lot)) for lot in lots])
+    return torch.stack([torch.rand(shape, generator=of(lot)) for lot in lots])
+
+# %% ../../nbs/distill/01_teacher.ipynb #77f752ab
 def random_questions(
     b: int,  # images
     k: int,  # questions to each
     shapes: tuple,  # (h,w) of the teacher's levels, finest first
     device: torch.device = torch.device("cpu"),  # of the result; the lot is drawn on the CPU
+    lots: list | None = None,  # of each image, a tuple of whole numbers; None: torch's global generator
 ) -> tuple:  # cells (b,k), boxes (b,k,4) cxcywh
-    "Cells and boxes by lot, from torch's global generator"
-    cells = torch.randint(sum(h * w for h, w in shapes), (b, k))
+    "Cells and boxes by lot"
+    of = lambda kind: [(*lot, kind) for lot in lots] if lots else b  # three draws, each of its own
+    cells = drawn((k,), of(0), sum(h * w for h, w in shapes))
     level, row, column, hw = place_of(cells, shapes)
     h, w = hw[level].unbind(-1)  # (b,k)
-    centre = torch.stack([(column + torch.rand(b, k)) / w, (row + torch.rand(b, k)) / h], -1)
-    size = (.05 * 2.**level)[..., None] * 2**(2 * torch.rand(b, k, 2) - 1)
+    x, y = drawn((k,), of(1)), drawn((k,), of(2))
+    centre = torch.stack([(column + x) / w, (row + y) / h], -1)
+    size = (.05 * 2.**level)[..., None] * 2**(2 * drawn((k, 2), of(3)) - 1)
     return cells.to(device), torch.cat([centre, size.clamp(max=1)], -1).to(device)
 
 # %% ../../nbs/distill/01_teacher.ipynb #8ed44bfb
@@ -157,6 +173,13 @@ class Method(nn.Module):
     own = True  # whether the teacher's own questions are put, too
     looks = False  # whether it compares where both look
     whole = False  # whether it needs all of the teacher's queries, not the surest only
+    weighs = False  # whether its sums are divided by the teacher's confidence: then `forward` takes `mass`
+
+    def weight(self,
+        teacher: Output,  # with signals
+        queries: int,  # of the student
+    ):  # Σw, a scalar; None where nothing is weighed
+        "The confidence in these images, which needs no student: what parts of a batch add up before they learn"
 
     def forward(self,
         student: Output,  # with signals, and `shared` where it was asked
@@ -166,6 +189,27 @@ class Method(nn.Module):
     ) -> dict:  # named terms, unweighted
         "To be written by each method"
         raise NotImplementedError
+
+# %% ../../nbs/distill/01_teacher.ipynb #fc53a300
+def lots_of(
+    targets: list | None,  # dicts, with a `lot` or without
+) -> list | None:  # a tuple of whole numbers for each image; None: nobody has said
+    "By which lot each image draws"
+    return [t["lot"] for t in targets] if targets and all("lot" in t for t in targets) else None
+
+# %% ../../nbs/distill/01_teacher.ipynb #7509d4a3
+def masses(
+    weights: list,  # Σw of each part: scalars, dicts {method: scalar}, or None
+    shares: list,  # of the batch's images that each part has
+    total=sum,  # of the weights; over processes, of theirs as well
+) -> list:  # what each part's weighted sums are divided by, of the same kind
+    "One normaliser for all parts of a batch, so that share · term adds up"
+    if weights[0] is None: return [None] * len(shares)
+    if not isinstance(weights[0], dict):
+        mass = total(weights).clamp(min=1)
+        return [share * mass for share in shares]
+    by_name = {k: masses([w[k] for w in weights], shares, total) for k in weights[0]}
+    return [{k: m[p] for k, m in by_name.items()} for p in range(len(shares))]
 
 # %% ../../nbs/distill/01_teacher.ipynb #6909eaf8
 NO_SIGNAL = ("method='{}' needs the teacher's {}, and this teacher does not give it: "

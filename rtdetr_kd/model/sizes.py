@@ -23,14 +23,15 @@ SIZES = dict(
 
 # %% ../../nbs/model/00_sizes.ipynb #2a3e0723
 STAGES = ("backbone", "encoder", "decoder")
-NO_STAGE = "checkpoint={names!r}: '{n}' is no stage; give {all}, several joined by +, or all"
+NO_STAGE = "{setting}={names!r}: '{n}' is no stage; give {all}, several joined by +, or all"
 
 def stages(
     names: str,  # such as backbone, backbone+encoder, or all; empty: none
+    setting: str = "checkpoint",  # that says so
 ) -> tuple:  # raises ValueError for what is no stage
     "The stages of a setting"
     if not names: return ()
     chosen = STAGES if names == "all" else tuple(names.split("+"))
     for n in chosen:
-        if n not in STAGES: raise ValueError(NO_STAGE.format(names=names, n=n, all=", ".join(STAGES)))
+        if n not in STAGES: raise ValueError(NO_STAGE.format(setting=setting, names=names, n=n, all=", ".join(STAGES)))
     return chosen

@@ -33,7 +33,7 @@ class Limits:
     scans: int = 100  # of a JPEG; a progressive one has about ten
     side: int = 32_768  # pixels
     files: int = 32  # in one request
-    seconds: float = 30  # for a request, from its first byte to its answer
+    seconds: float = 30.  # for a request, from its first byte to its answer
     room: int = 64  # pictures in the house; with more it is busy
     batch: int = 8  # pictures in one call of the model
     wait: float = .005  # seconds that a call waits for pictures which are being decoded

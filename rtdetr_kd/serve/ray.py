@@ -13,30 +13,31 @@ from ray import serve
 from ray.serve import Application
 
 from .app import create_app
-from .batching import CORES
+from .batching import CORES, Limits
 from .main import EMBEDDED
 from .worker_process import open_served
 
 # %% ../../nbs/serve/04_ray.ipynb #d99754d6
-OPTIONS = ("weights", "copies", "cores", "threshold", "token")
-NO_OPTION = "{name}: the options are weights, copies, cores, threshold and token"
+OPTIONS = ("weights", "copies", "cores", "threshold", "token", *vars(Limits()))
+NO_OPTION = "{name}: the options are {known}"
 
 def check_options(
     args: dict,  # as the command line gives them
 ):
     "`ValueError` for an option that there is not"
     unknown = set(args) - set(OPTIONS)
-    if unknown: raise ValueError(NO_OPTION.format(name=unknown.pop()))
+    if unknown: raise ValueError(NO_OPTION.format(name=unknown.pop(), known=", ".join(OPTIONS)))
 
 # %% ../../nbs/serve/04_ray.ipynb #6b535ab6
 def make_app(
     path: Path,  # of the weights
     cores: int,  # of the copy
-    args: dict,  # threshold and token
+    args: dict,  # threshold, token, and limits
 ) -> FastAPI:  # warm
     "The application of one copy"
     runner = open_served(path, threads=cores)
-    app = create_app(runner, None, float(args.get("threshold", .3)), args.get("token", ""))
+    limits = Limits(**{k: type(v)(args[k]) for k, v in vars(Limits()).items() if k in args})
+    app = create_app(runner, limits, float(args.get("threshold", .3)), args.get("token", ""))
     app.state.service.worker.ready.result()
     return app
 
@@ -49,7 +50,8 @@ def build(
     path, cores = Path(args.get("weights", EMBEDDED)).resolve(), int(args.get("cores", CORES))
     open_served(path)  # complain here, not in a copy's log
 
-    @serve.deployment(num_replicas=int(args.get("copies", 1)), max_ongoing_requests=64,
+    room = int(args.get("room", Limits().room))
+    @serve.deployment(num_replicas=int(args.get("copies", 1)), max_ongoing_requests=room,
                       ray_actor_options=dict(num_cpus=cores))
     @serve.ingress(lambda: make_app(path, cores, args))
     class Detector: pass

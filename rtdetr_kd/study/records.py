@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['FILE', 'cost_of', 'origin', 'record_of', 'lines_of', 'put_line', 'put_member', 'names_in', 'members_of',
            'published_folder', 'records', 'record', 'read_runs', 'runs_of_study', 'log_of', 'has_matches',
-           'match_bytes', 'commit_now', 'without_paths', 'publish']
+           'match_bytes', 'without_paths', 'publish']
 
 # %% ../../nbs/study/03_records.ipynb #ffe2653b
-import io, json, subprocess, tarfile, time
+import io, json, tarfile, time
 from pathlib import Path
 
 import pandas as pd
 
-from ..files import digest, root, write_whole
+from ..files import commit_now, digest, root, write_whole
 from .grid import GRID, name_of
 
 # %% ../../nbs/study/03_records.ipynb #85d71252
@@ -176,18 +176,13 @@ def match_bytes(
             if f"{run}.npz.xz" in tar.getnames(): return tar.extractfile(f"{run}.npz.xz").read()
     raise ValueError(f"{run} has no {FILE}: write it where its weights are, with python -m rtdetr_kd.matches RUN")
 
-# %% ../../nbs/study/03_records.ipynb #9f4acff8
-def commit_now() -> str | None:  # twelve digits; None outside of a git checkout
-    "The commit of this checkout"
-    r = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root(), text=True, capture_output=True)
-    return r.stdout.strip() or None
-
 # %% ../../nbs/study/03_records.ipynb #d7152551
 def without_paths(
     config: dict,  # of a run
 ) -> dict:
     "Settings with the names of files in the place of their paths"
-    return config | {k: Path(config[k]).name for k in ("data", "teacher", "init") if k in config} | dict(runs="")
+    named = {k: Path(config[k]).name for k in ("data", "teacher", "init", "inherit") if k in config}
+    return config | named | dict(runs="")
 
 # %% ../../nbs/study/03_records.ipynb #571e3835
 def publish(

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..files import plainly, root
-from ..train.config import FREE, configure
+from ..train.config import FREE, PRESETS, configure
 from ..data.dataset import load_data
 from ..train.run import beside_truth, train
 from .records import publish, read_runs, record, runs_of_study
@@ -74,7 +74,7 @@ def toy_block(
         f"Student: {r.parameters / 1e6:.2f} M parameters, {int(r.epochs)} epochs of "
         f"{int(r.steps * r.batch / r.epochs)} scenes at {int(r.image_size)} px. "
         f"Teacher: {teacher.parameters / 1e6:.2f} M parameters, AP {teacher.AP:.3f} on val "
-        f"({int(teacher.epochs)} epochs). "
+        f"({int(teacher.epochs)} epochs). A method has ρ = {PRESETS['toy']['rho']:g} of the gradient at the encoder. "
         f"Measured with torch {r.machine['torch']} on {r.machine['threads']} CPU thread(s).")
     by_strength = "; ".join(f"{spoken(n)} {' / '.join(f'{v:.3f}' for v in row)}" for n, row in t.iterrows())
     return f"{about}\n\n{markdown(study_table())}\n\nAP on select, seed 0, at {' / '.join(t.columns)}: {by_strength}."

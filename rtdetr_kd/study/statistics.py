@@ -185,15 +185,14 @@ def comparison(
     b: str,  # its control
     figure: str = "AP",  # column of the runs
     k: int = 0,  # position of the figure in the draws
-    smallest: float = .02,  # a difference that would matter
-) -> dict:  # variant, control, n, gain, low, high, p, flip, sd, se_seeds, se_images, needed
-    "One question's difference, interval, p-values, and the seeds that would show `smallest`"
+) -> dict:  # variant, control, n, gain, low, high, p, flip, sd, se_seeds, se_images
+    "One question's difference, interval, p-values and standard errors"
     seeds, D, Dr = differences(runs, a, b, figure, k)
     n, (low, high) = len(D), interval(D, Dr)
     s, v = variances(D, Dr) if n > 1 else (math.nan, math.nan)
     sd = (s * n)**.5
     return dict(variant=a, control=b, n=n, gain=D.mean(), low=low, high=high, p=p_value(D, Dr), flip=sign_flip(D),
-                sd=sd, se_seeds=s**.5, se_images=v**.5, needed=seeds_needed(smallest, sd, v) if n > 1 else None)
+                sd=sd, se_seeds=s**.5, se_images=v**.5)
 
 # %% ../../nbs/study/05_statistics.ipynb #a4944705
 def compare(
@@ -203,10 +202,12 @@ def compare(
     k: int = 0,  # position of the figure in the draws
     smallest: float = .02,  # a difference that would matter
 ) -> pd.DataFrame:  # a row for each pair
-    "Every pair's comparison, with p-values that are corrected for the number of pairs, and a verdict"
-    t = pd.DataFrame([comparison(runs, a, b, figure, k, smallest) for a, b in pairs])
-    t["holm"] = holm(t.p)
-    return t.assign(verdict=[verdict(r.n, r.gain, r.holm) for r in t.itertuples()], needed=t.needed.astype("Int64"))
+    "Every pair's comparison, p-values and needed seeds corrected for the number of pairs, and a verdict"
+    t = pd.DataFrame([comparison(runs, a, b, figure, k) for a, b in pairs])
+    t["holm"], level = holm(t.p), .05 / max(int(t.p.notna().sum()), 1)
+    need = lambda r: seeds_needed(smallest, r.sd, r.se_images**2, level=level) if r.n > 1 else None
+    needed = pd.Series([need(r) for r in t.itertuples()], t.index, dtype="Int64")
+    return t.assign(verdict=[verdict(r.n, r.gain, r.holm) for r in t.itertuples()], needed=needed)
 
 # %% ../../nbs/study/05_statistics.ipynb #73f3367e
 def difference_text(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TYPED', 'PRESETS', 'OWN_RECIPE', 'FINE_TUNING', 'FREE', 'KINDS', 'RANGES', 'WORDS', 'NO_WEIGHTS', 'NOT_TOGETHER',
-           'NO_NAME', 'Config', 'parameters_cell', 'whole_or_real', 'coerce', 'check_ranges', 'check_words',
-           'check_weights', 'check_together', 'check_method', 'check_places', 'check_settings', 'of_size', 'run_name',
-           'configure', 'chosen', 'parameters', 'run_folder']
+           'NO_SCALES', 'NO_NAME', 'Config', 'parameters_cell', 'whole_or_real', 'coerce', 'check_ranges',
+           'check_words', 'check_weights', 'check_together', 'scales_of', 'check_method', 'check_places',
+           'check_settings', 'of_size', 'run_name', 'configure', 'chosen', 'parameters', 'run_folder']
 
 # %% ../../nbs/train/00_config.ipynb #b414b947
 import importlib.util, math, re
@@ -21,8 +21,8 @@ from ..model.sizes import SIZES, stages
 @dataclass
 class Config:
     "Everything that a run depends on; the one place of defaults"
-    method: str = "none"  # none, logit, feature, cwd, mgd, query, stage, or a sum such as query+logit
-    data: str = "toy"  # toy, coco, or a folder in COCO's format
+    method: str = "none"  # none, logit, feature, cwd, pkd, mgd, query, stage, or a sum such as query+logit
+    data: str = "toy"  # toy, coco, or a folder in COCO's, YOLO's or Pascal VOC's format
     coco_subset: int = 0  # so many training images, drawn once and for all; 0: all
     size: str = "toy"  # toy, toy_teacher, small, lite, r18, r34, r50m, r50, r101, or a timm backbone
     teacher: str = ""  # weights file, official:r50, org/name on the Hub, random:r50 (the control); empty: toy's own
@@ -30,6 +30,10 @@ class Config:
     teacher_classes: str = "same"  # or by_name: compare scores of the classes that teacher and data both name
     pretrained: bool = False  # ImageNet weights for the backbone, through timm
     init: str = ""  # weights file to start from; empty: from scratch
+    inherit: str = ""  # start as a part of a network: teacher (of the run, or toy's own), or weights as for teacher
+    inherit_how: str = "even"  # which channels: even, strongest; or fit: even, then healed by least squares
+    inherit_parts: str = "all"  # what is inherited: backbone, encoder, decoder, joined by +, or all
+    scramble: bool = False  # the control: what was inherited, its channels shuffled
     seed: int = 0  # of weights, order and augmentation
     epochs: int = 72  # of training, at most
     max_minutes: float = 0.  # of training; 0: no limit
@@ -49,7 +53,10 @@ class Config:
     freeze_norm: bool = False  # the backbone's batch norms stay as loaded; the default of r50m, r50 and r101
     ema: float = .9999  # decay of the average of the weights
     lam: str = "auto"  # λ, weight of distillation: a number; auto: measured for a share of rho; adaptive: kept there
+    scales: str = ""  # with a number as lam, of the parts of a sum: query=3.7,cwd=30.7; empty: measured
     rho: float = .2  # the share of the gradient at the encoder that distillation shall have
+    kd_until: float = 1.  # share of training in which distillation takes part; after it nobody asks the teacher
+    kd_every: int = 1  # distillation takes part in every so many steps
     pilot: int = 250  # steps of the short training that λ is measured on
     temperature: float = 2.  # of logit distillation
     logit_mode: str = "binary"  # or softmax, the classic one
@@ -141,7 +148,7 @@ RANGES = dict(
     cache_views=(1, 1000), temperature=(.01, 100), kd_points=(1, 3840), photometric=(0, 1), zoom_out=(0, 1),
     iou_crop=(0, 1), hflip=(0, 1), mosaic=(0, 1), eval_every=(1, 10**6), weight_decay=(0, 10), max_minutes=(0, 1e6),
     max_steps=(0, 10**9), accumulate=(1, 10**4), save_minutes=(0, 1e6), teacher_min_ap=(-1, 1),
-    coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256))
+    coco_subset=(0, 10**7), seed=(0, 2**31), workers=(-1, 256), kd_until=(0, 1), kd_every=(1, 10**6))
 
 def check_ranges(
     c: Config,  # whose numbers are looked at
@@ -157,7 +164,7 @@ WORDS = dict(
     cache=("none", "disk"), stage_shape=[s + end for end in ("", "_inverse") for s in SHAPE_NAMES],
     precision=("auto", "float32", "bfloat16", "float16"), device=("auto", "cpu", "cuda"),
     teacher_precision=("same", "float32", "bfloat16"), tracker=("tensorboard", "wandb", "trackio", "none"),
-    exif=("auto", "apply", "ignore"), teacher_classes=("same", "by_name"))
+    exif=("auto", "apply", "ignore"), teacher_classes=("same", "by_name"), inherit_how=("even", "strongest", "fit"))
 
 def check_words(
     c: Config,  # whose words are looked at
@@ -170,14 +177,14 @@ NO_WEIGHTS = ("{}={!r}: there is no such weights file; give a file, official:r50
               "or org/name of the Hugging Face Hub")
 
 def check_weights(
-    name: str,  # of the setting: teacher or init
+    name: str,  # of the setting: teacher, init or inherit
     source: str,  # what was given
 ):  # raises ValueError
     "Refuse what can be no weights: neither a file, nor official weights, nor a name on the Hub"
     if source.startswith("official:"):
         from rtdetr_kd.model.foreign_weights import OFFICIAL  # loads torch, which these weights need anyway
         return one_of(name, source, [f"official:{s}" for s in OFFICIAL])
-    if source.startswith("random:") and name == "teacher": return one_of(name, source, [f"random:{s}" for s in SIZES])
+    if source.startswith("random:") and name != "init": return one_of(name, source, [f"random:{s}" for s in SIZES])
     path = Path(source).expanduser()
     no_name = path.suffix or not re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if source and not path.exists() and no_name: raise ValueError(NO_WEIGHTS.format(name, source))
@@ -194,6 +201,14 @@ NOT_TOGETHER = {  # sentence: when it is said
     "accumulate={c.accumulate}: a batch of {c.batch} images cannot be cut into so many micro-batches; "
     "give at most {c.batch}":
         lambda c: c.accumulate > c.batch,
+    "inherit={c.inherit!r} with init={c.init!r}: a student starts from one of them":
+        lambda c: c.inherit and c.init,
+    "inherit='teacher' on data={c.data!r} needs one: give teacher=<weights file>, or inherit=<weights file>":
+        lambda c: c.inherit == "teacher" and not c.teacher and c.data != "toy",
+    "scramble=True without inherit: there is nothing to shuffle; give inherit='teacher'":
+        lambda c: c.scramble and not c.inherit,
+    "scales={c.scales!r} with lam={c.lam!r}: λ is measured together with the scales; give both as numbers, or neither":
+        lambda c: c.scales and c.lam in ("auto", "adaptive"),
     "multi_scale=True with cache='disk': the kept answers are for one size; give cache='none'":
         lambda c: c.multi_scale and c.cache == "disk",
     "method={c.method!r} on data={c.data!r} needs a teacher: give teacher=<weights file>, or method='none'":
@@ -207,6 +222,21 @@ def check_together(
     for sentence, said in NOT_TOGETHER.items():
         if said(c): raise ValueError(sentence.format(c=c))
 
+# %% ../../nbs/train/00_config.ipynb #e5b7720c
+NO_SCALES = ("scales={c.scales!r}: give a number above 0 for each part of method={c.method!r}, "
+             "as in scales=query=3.7,cwd=30.7")
+
+def scales_of(
+    c: Config,  # scales and method count
+) -> dict:  # {part: scale}; raises ValueError
+    "The scales of a sum's parts, as they were given"
+    found = dict(word.strip().split("=", 1) for word in c.scales.split(",") if word.count("=") == 1)
+    try: scales = {k: whole_or_real(v, float) for k, v in found.items()}
+    except ValueError: raise ValueError(NO_SCALES.format(c=c)) from None
+    parts = {"feature", "logit"} if c.method == "stage" else {*c.method.split("+")}
+    if scales.keys() != parts or min(scales.values()) <= 0: raise ValueError(NO_SCALES.format(c=c))
+    return scales
+
 # %% ../../nbs/train/00_config.ipynb #c8d263b0
 def check_method(
     c: Config,  # whose method, λ and stages are looked at
@@ -218,6 +248,8 @@ def check_method(
     number = re.fullmatch(r"\d*\.?\d+(e[+-]?\d+)?", c.lam)
     if c.lam not in ("auto", "adaptive") and not (number and 0 <= float(c.lam) <= 1e6):
         raise ValueError(f"lam={c.lam!r}: must be auto, adaptive, or a number between 0 and 1000000")
+    stages(c.inherit_parts, "inherit_parts")
+    if c.scales: scales_of(c)
 
 # %% ../../nbs/train/00_config.ipynb #26664180
 NO_NAME = ("name={!r}: a run's name is one folder's name of letters, digits and = . + - _ (not 'published'); "
@@ -248,6 +280,7 @@ def check_settings(
     check_ranges(c)
     check_places(c)
     for k in ("teacher", "init"): check_weights(k, getattr(c, k))
+    if c.inherit != "teacher": check_weights("inherit", c.inherit)
     check_together(c)
 
 # %% ../../nbs/train/00_config.ipynb #7b68f3c7
@@ -272,7 +305,7 @@ def run_name(
 ) -> str:
     "The name of a run's folder, from what makes it differ"
     usual = lambda k: preset.get(k, getattr(Config, k))
-    short = lambda k, v: Path(str(v)).stem if k in ("teacher", "init") else v
+    short = lambda k, v: Path(str(v)).stem if k in ("teacher", "init", "inherit") else v
     said = {k: v for k, v in sorted(given.items()) if k not in ("data", "method", "size", *FREE) and v != usual(k)}
     size = "" if c.size == preset["size"] else f"-{c.size}"
     name = f"{Path(c.data).resolve().name}{size}-{c.method}" + "".join(f"-{k}={short(k, v)}" for k, v in said.items())

@@ -25,7 +25,7 @@ from ..model.weights import weights_mark
 from .config import FREE, Config
 import rtdetr_kd.train.epoch  # adds `updates` to the Learner
 from .parallel import unsharded
-from .recipe import build_model
+from .recipe import build_model, inherited_source, teacher_model
 from .step import Learner
 
 # %% ../../nbs/train/05_pilot.ipynb #2ead2a15
@@ -77,6 +77,7 @@ class Beside(Distillation):
         out: Output,  # the student's
         share: float = 1.,  # of the batch's images
         progress: float = 0.,  # not used
+        mass=None,  # not used: adapters learn from each part as it is
     ) -> dict:  # name -> term
         "Every part's raw terms, cut off from the student"
         found = self.raw_terms(answer, targets, detached(out))
@@ -87,7 +88,7 @@ def pilot_settings(
     c: Config,  # of the run
 ) -> Config:
     "The settings of a pilot: the same for all seeds, strengths and names"
-    return replace(c, seed=0, lam="1", rho=.2, name="pilot", tracker="none")
+    return replace(c, seed=0, lam="1", rho=.2, name="pilot", tracker="none", kd_until=1., kd_every=1)
 
 # %% ../../nbs/train/05_pilot.ipynb #758f375e
 def run_pilot(
@@ -107,11 +108,12 @@ def stages(self: Learner,
 ) -> list:  # what `pulls` found after a third, two thirds and all of them
     "Train, and measure three times"
     fixed, said, found = self.fixed_batches(), time.time(), []
+    begun = said
     at = {max(steps * k // 3, 1) for k in (1, 2, 3)}
     while self.step < steps:
         for parts in self.updates():
             self.one_step(parts)
-            if self.step in at: found.append(self.pulls(fixed))
+            if self.step in at: found.append(self.pulls(fixed) | dict(seconds=round(time.time() - begun, 1)))
             if time.time() - said > 15 or self.step == steps:
                 said = time.time()
                 print(f"pilot, to measure λ: step {self.step}/{steps}", flush=True)
@@ -121,7 +123,8 @@ def stages(self: Learner,
 
 # %% ../../nbs/train/05_pilot.ipynb #f8f7aff0
 NOT_THE_PILOTS = ("seed", "lam", "rho", *FREE, "epochs", "max_minutes", "max_steps", "eval_every",
-                  "data", "teacher", "init", "cache", "cache_views")  # a pilot is not looked up by them
+                  "data", "teacher", "init", "inherit", "scales", "kd_until", "kd_every", "cache",
+                  "cache_views")  # a pilot is not looked up by them
 
 def code_of(
     parts: dict,  # name -> Method
@@ -131,10 +134,11 @@ def code_of(
 
 # %% ../../nbs/train/05_pilot.ipynb #124110df
 def start_mark(
-    c: Config,  # its init counts
+    c: Config,  # its init and inherit count
     train: Split,  # its classes
 ) -> str:  # empty where weights are random
-    "A mark of the weights that a student starts from"
+    "A mark of the weights that a student starts from, or is cut from"
+    if c.inherit: return weights_mark(teacher_model(inherited_source(c), train.names))
     return weights_mark(build_model(pilot_settings(c), train.names, train.category_ids)) if c.init else ""
 
 # %% ../../nbs/train/05_pilot.ipynb #750dc204
@@ -179,6 +183,7 @@ def open_cache(self: Learner):  # raises ValueError
     "The teacher's answers from disk, computed first where they are not there"
     with plainly((ValueError,)):
         self.distillation.keep_answers(self.images, self.c.cache_views, self.c.batch, self.device)
+    self.spent["cache"] = self.distillation.answers.seconds
 
 # %% ../../nbs/train/05_pilot.ipynb #9ec61d9b
 @patch
@@ -187,7 +192,8 @@ def find_strength(self: Learner) -> dict:  # lam, rho, scale, stages
     path = self.folder / "strength.json"
     if not self.agreed(path.exists()):
         average = average_weights(self.method) if isinstance(self.method, Mix) else None
-        found = strength(self.measured(), self.c.rho, average)
+        stages = self.measured()
+        found = strength(stages, self.c.rho, average) | dict(seconds=stages[-1].get("seconds"))
         if not self.rank:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, found)
@@ -202,8 +208,9 @@ def weigh(self: Learner):
     if self.method is None: return
     if self.c.cache == "disk": self.open_cache()
     d, mixed, fixed = self.distillation, isinstance(self.method, Mix), self.c.lam not in ("auto", "adaptive")
-    if fixed and not mixed: return
+    if fixed and (not mixed or self.c.scales): return
     self.strength = self.find_strength()
+    self.spent["pilot"] = self.strength.get("seconds")
     if not fixed: d.lam = self.strength["lam"]
     if mixed: self.method.scale = self.strength["scale"]
     stages = ", ".join(f"{s['share']:.0%}" for s in self.strength["stages"])
@@ -211,12 +218,21 @@ def weigh(self: Learner):
 
 # %% ../../nbs/train/05_pilot.ipynb #867e8dab
 @patch
-def adapt_lam(self: Learner):
-    "Bring the share of the gradient back to rho"
-    found, d, mixed = self.pulls(self.fixed_batches()), self.distillation, isinstance(self.method, Mix)
+def share_of(self: Learner,
+    batches: list,  # images (b,3,h,w) uint8, targets
+) -> float:  # 0 to 1
+    "The share of the gradient at the encoder that distillation has now"
+    found, d, mixed = self.pulls(batches), self.distillation, isinstance(self.method, Mix)
     w = self.method.weights(self.step / self.total) if mixed else {d.name: 1.}
     w = {p: v * (self.method.scale[p] if mixed else 1.) for p, v in w.items()}
     G = torch.tensor(found["gram"]).double()
     kd, det = d.lam * length(G, part_vector(found["names"], w)), float(G[0, 0]) ** .5
-    d.lam = self.agreed(adapt(d.lam, kd / (kd + det), self.c.rho))
-    print(f"distillation had {kd / (kd + det):.0%} of the gradient; λ = {d.lam:.4g} from here", flush=True)
+    return kd / (kd + det)
+
+@patch
+def adapt_lam(self: Learner):
+    "Bring the share of the gradient back to rho"
+    if self.step >= self.c.kd_until * self.total: return
+    share, d = self.share_of(self.fixed_batches()), self.distillation
+    d.lam = self.agreed(adapt(d.lam, share, self.c.rho))
+    print(f"distillation had {share:.0%} of the gradient; λ = {d.lam:.4g} from here", flush=True)

@@ -7,7 +7,7 @@ __all__ = ['SCORES_TOO_LOW', 'NOT_SHARED', 'ENDED', 'NO_LOSS', 'three', 'experim
            'draw_scores', 'curves', 'beside_truth']
 
 # %% ../../nbs/train/07_run.ipynb #02f52a6a
-import json, os, platform
+import json, math, os, platform, time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..data.boxes import draw
 from ..data.dataset import summary
 from ..data.images import open_image
 from ..data.split import Split, ground_truth, part
-from ..files import plainly
+from ..files import commit_now, cpu_name, gpu_name, plainly
 from ..model.detector import RTDETR
 from ..model.evaluate import coco_ap, evaluate, predict
 from ..model.weights import load_model
@@ -105,7 +105,9 @@ def next_epoch(self: Learner):
     begins = self.step == self.epoch * self.steps
     if self.c.lam == "adaptive" and self.method and self.epoch and begins: self.adapt_lam()
     row = dict(epoch=self.epoch + 1) | self.one_epoch(save=self.save)
-    if self.method: row["lam"] = self.distillation.lam
+    over = self.step >= self.c.kd_until * self.total > 0 and self.c.kd_until < 1
+    share = 0. if over or not self.method else self.share_of(self.fixed_batches(1))
+    if self.method: row |= dict(lam=self.distillation.lam, kd_share=share)
     self.epoch += 1
     if self.epoch % self.c.eval_every == 0 or self.ended(): row |= self.assess()
     self.store.add_row(row | dict(step=self.step, seconds=round(self.seconds, 1)))
@@ -113,11 +115,25 @@ def next_epoch(self: Learner):
 
 # %% ../../nbs/train/07_run.ipynb #801f7d8e
 @patch
-def about_machine(self: Learner) -> dict:  # device, threads, torch, python, and processes if there are several
+def about_machine(self: Learner) -> dict:  # device, threads, torch, python, cpu, gpu, and processes if several
     "What the figures of a run depend on besides its settings"
     found = dict(device=str(self.device), threads=torch.get_num_threads(), torch=torch.__version__,
-                 python=platform.python_version())
+                 python=platform.python_version(), cpu=cpu_name(), gpu=gpu_name())
     return found | (dict(processes=self.ranks) if self.ranks > 1 else {})
+
+# %% ../../nbs/train/07_run.ipynb #d81c0be2
+@patch
+def cost(self: Learner) -> dict:  # seconds, images, teacher_images, phases {name: seconds}
+    "Total price of a run: seconds, and images that student and teacher have looked at"
+    c, n, kept = self.c, len(self.images), self.distillation.answers if self.method else None
+    pilot = min(c.pilot, self.total) * c.batch if self.spent.get("pilot") is not None else 0
+    images = self.step * c.batch + pilot
+    until = math.ceil(min(self.step, c.kd_until * self.total)) if self.method else 0
+    taught = c.batch * len(range(0, until, c.kd_every))
+    asked = n * kept.views if kept else taught + pilot
+    phases = {k: v and round(v, 1) for k, v in dict(self.spent, train=self.seconds).items()}
+    total = None if None in phases.values() else round(sum(phases.values()), 1)
+    return dict(seconds=total, images=images, teacher_images=asked, phases=phases)
 
 # %% ../../nbs/train/07_run.ipynb #b56dfcba
 @patch
@@ -130,7 +146,8 @@ def metrics(self: Learner,
         select_AP=self.store.best["AP"], best_epoch=self.store.best["epoch"], epochs=self.epoch, steps=self.step,
         train_seconds=round(self.seconds, 1), parameters=sum(p.numel() for p in best.parameters()),
         method=self.c.method, seed=self.c.seed, teacher=self.teacher_about,
-        lam=self.distillation.lam if self.method else None, strength=self.strength, machine=self.about_machine())
+        lam=self.distillation.lam if self.method else None, strength=self.strength, machine=self.about_machine(),
+        cost=self.cost(), commit=commit_now(), date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 # %% ../../nbs/train/07_run.ipynb #9d4a16de
 @patch
@@ -214,7 +231,8 @@ def read_log(
     return [json.loads(l) for l in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 # %% ../../nbs/train/07_run.ipynb #967a5ab3
-NO_LOSS = ("epoch", "loss", "lr", "images_per_s", "step", "seconds", "lam")  # columns of the log that are no loss term
+# columns of the log that are no loss term
+NO_LOSS = ("epoch", "loss", "lr", "images_per_s", "step", "seconds", "lam", "kd_share")
 
 def draw_losses(
     log: list,  # of `read_log`

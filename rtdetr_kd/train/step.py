@@ -7,6 +7,7 @@ __all__ = ['ONE_CELL', 'TOO_FEW', 'NO_IMAGE_LEFT', 'FEW_CELLS', 'FEW_QUERIES', '
            'check_room', 'tell_of_room', 'build_student', 'Learner', 'grouped']
 
 # %% ../../nbs/train/03_step.ipynb #87b241cc
+import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from ..data.augment import augmentation
 from ..data.dataset import Images, load_data, mix, order
 from ..data.split import Split
-from ..distill.distillation import Distillation, as_fractions
+from ..distill.distillation import Distillation, Lesson, as_fractions, map_shapes
+from ..distill.teacher import masses
 from ..files import write_json
 from ..model.detector import RTDETR
 from ..model.losses import detection_losses, match
 from ..model.sizes import SIZES
 from .config import Config, run_folder
 from .parallel import accelerator, enough_memory, plain_layout, share_norms, touched
-from .recipe import EMA, build_distillation, build_model, frozen_norms, lr_factor, optimiser, try_out
+from .recipe import (EMA, begin_as_part, build_distillation, build_model, frozen_norms, lr_factor,
+                                    optimiser, try_out)
 
 # %% ../../nbs/train/03_step.ipynb #a6147681
 class Trained(nn.Module):
@@ -50,10 +53,12 @@ def look(self: Trained,
     images: Tensor,  # (b,3,h,w) in 0..1
     targets: list,  # b dicts of labels (n,) and boxes (n,4)
     epoch: int = 0,  # decides the view, with kept answers
+    lesson: Lesson | None = None,  # what the teacher has said already; None: it is asked now
+    teach: bool = True,  # False: the student learns alone
 ) -> tuple:  # the student's Output, the teacher's or None
     "Both networks on a batch"
-    d = self.distillation
-    asked = d.ask(images, targets, epoch) if d else None
+    d = self.distillation if teach else None
+    asked = lesson or (d.ask(images, targets, epoch) if d else None)
     with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
         if d is None: return self.model(images, targets), None
         out = self.model(images, targets, capture=True, points=asked.questions, look=d.method.looks)
@@ -68,12 +73,15 @@ def forward(self: Trained,
     share: float = 1.,  # of the batch's images
     progress: float = 0.,  # 0 at the start of training, 1 at its end
     epoch: int = 0,  # decides the view, with kept answers
+    lesson: Lesson | None = None,  # what the teacher has said already; None: it is asked now
+    mass=None,  # what this part's sums over the teacher's confidence are divided by; None: this is all of the batch
+    teach: bool = True,  # False: the student learns alone
 ) -> dict:  # name -> weighted loss
     "All loss terms: their sum, over the parts of a batch, is what is minimised"
-    out, answer = self.look(images, targets, epoch)
+    out, answer = self.look(images, targets, epoch, lesson, teach)
     with torch.autocast(images.device.type, enabled=False):
         terms = detection_losses(out, targets, boxes, self.match)
-        if answer is not None: terms |= self.distillation.terms(answer, targets, out, share, progress)
+        if answer is not None: terms |= self.distillation.terms(answer, targets, out, share, progress, mass)
         return touched(terms, self) if self.many else terms
 
 # %% ../../nbs/train/03_step.ipynb #7bdb0a48
@@ -122,6 +130,7 @@ def build_student(
     model = build_model(c, train.names, train.category_ids).to(device, memory_format=torch.channels_last)
     tell_of_room(c, model.backbone.strides, int(np.diff(train.start).max()))
     if c.size not in SIZES: try_out(model, c)
+    if c.inherit: print(begin_as_part(model, c, train), flush=True)
     if many and c.sync_norm: share_norms(model)
     if c.freeze_norm: frozen_norms(model)
     return model
@@ -140,7 +149,9 @@ class Learner:
         self.device, self.ranks, self.rank = self.acc.device, self.acc.num_processes, self.acc.process_index
         train, many = self.splits["train"], self.ranks > 1
         check_room(c, self.ranks, len(train))
+        begun = time.time()
         self.model = build_student(c, train, self.device, many)
+        self.spent = dict(start=time.time() - begun)  # seconds: for a start, and later a cache and a pilot
         self.distillation, self.teacher_about = build_distillation(c, self.model, self.splits, self.dtype, distil)
         self.trained = Trained(self.model, self.distillation, self.dtype, many)
         self.ema = EMA(self.model, c.ema)
@@ -184,9 +195,17 @@ def on_device(self: Learner,
     images: Tensor,  # (b,3,h,w) uint8
     targets: list,  # b dicts
 ) -> tuple:  # images (b,3,h,w) in 0..1, targets
-    "A batch where the networks are"
+    "A batch where the networks are; what is drawn by lot for an image follows from seed, step and image"
     moved = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+    for t in moved: t |= dict(lot=(self.c.seed, self.step, t["row"])) if "row" in t else {}
     return as_fractions(images, self.device), moved
+
+# %% ../../nbs/train/03_step.ipynb #b3a1d892
+@patch
+def teaches(self: Learner) -> bool:
+    "Whether distillation takes part in this step"
+    c = self.c
+    return self.method is not None and self.step % c.kd_every == 0 and self.step < c.kd_until * self.total
 
 # %% ../../nbs/train/03_step.ipynb #238ce168
 @patch
@@ -195,9 +214,12 @@ def losses(self: Learner,
     targets: list,  # b dicts
     boxes: int | None = None,  # in the whole batch; None: this is all of it
     share: float = 1.,  # of the batch's images
+    lesson: Lesson | None = None,  # what the teacher has said already
+    mass=None,  # as `masses` gives it; None: this is all of the batch
 ) -> dict:  # name -> weighted loss
     "`Trained`, as the run stands now"
-    return self.together(images, targets, boxes, share, self.step / self.total, self.epoch)
+    progress = self.step / self.total
+    return self.together(images, targets, boxes, share, progress, self.epoch, lesson, mass, self.teaches())
 
 # %% ../../nbs/train/03_step.ipynb #87d062b4
 @patch
@@ -207,13 +229,29 @@ def part_backward(self: Learner,
     targets: list,  # b dicts
     boxes: int,  # in the whole batch
     n: int,  # images in the whole batch
+    known: tuple = (None, None),  # of `asked_ahead`: lesson and mass
 ) -> dict:  # name -> loss, detached
     "Forward and backward of a micro-batch; its random numbers follow from seed, step and part"
     part = k * self.ranks + self.rank
     torch.manual_seed(mix(self.c.seed, 1, self.step, *([part] if part else [])))
-    terms = self.losses(*self.on_device(images, targets), boxes, len(targets) / n)
+    terms = self.losses(*self.on_device(images, targets), boxes, len(targets) / n, *known)
     self.acc.backward(sum(terms.values()) * self.ranks)  # the gradients are averaged over the processes
     return {k: v.detach() for k, v in terms.items()}
+
+# %% ../../nbs/train/03_step.ipynb #b7e4f019
+@patch
+def asked_ahead(self: Learner,
+    parts: list,  # micro-batches of this process: images (b,3,h,w) uint8, targets
+    n: int,  # images in the whole batch
+) -> list:  # for each part its lesson and its mass; None, None where nothing need be known beforehand
+    "What the teacher says about all parts of a batch that is cut, and what its confidence adds up to"
+    cut = len(parts) * self.ranks > 1
+    if not (cut and self.method and self.method.weighs and self.teaches()): return [(None, None)] * len(parts)
+    total = lambda weights: sum(weights) if self.ranks == 1 else torch.tensor(self.in_sum(sum(weights).item())[0])
+    cells = sum(h * w for h, w in map_shapes(self.distillation.strides, *parts[0][0].shape[-2:]))
+    lessons = [self.distillation.ask(*self.on_device(*part), self.epoch) for part in parts]
+    weights = [self.distillation.weight(v.answer, min(self.model.spec.queries, cells)) for v in lessons]
+    return list(zip(lessons, masses(weights, [len(targets) / n for _, targets in parts], total)))
 
 # %% ../../nbs/train/03_step.ipynb #4a539960
 @patch
@@ -223,11 +261,11 @@ def backward(self: Learner,
     "Gradients of a batch that was cut; they are exchanged after the last part"
     boxes = sum(len(t["labels"]) for _, targets in parts for t in targets)
     boxes, n = map(int, self.in_sum(boxes, sum(len(targets) for _, targets in parts)))
-    terms = {}
+    terms, known = {}, self.asked_ahead(parts, n)
     for k, (images, targets) in enumerate(parts):
         exchange = self.cut or k == len(parts) - 1
         with nullcontext() if exchange else self.acc.no_sync(self.together), enough_memory(self.c):
-            for name, v in self.part_backward(k, images, targets, boxes, n).items():
+            for name, v in self.part_backward(k, images, targets, boxes, n, known[k]).items():
                 terms[name] = terms.get(name, 0.) + v
     return terms
 
@@ -257,7 +295,7 @@ def judge(self: Learner,
     "The terms of all processes in sum; an infinite loss stops the run before the weights are touched"
     if self.ranks > 1: terms = dict(zip(terms, self.acc.reduce(torch.stack([*terms.values()]), "sum")))
     loss, bad = sum(terms.values()), ", ".join(k for k, v in terms.items() if not v.isfinite())
-    if self.step == 0 and self.method is not None: self.tell_of_ratio(terms)
+    if self.step == 0 and self.teaches(): self.tell_of_ratio(terms)
     if not loss.isfinite():
         raise FloatingPointError(NOT_FINITE.format(loss=loss.item(), step=self.step, terms=bad, lr=self.c.lr))
     if self.skipped > 100 and self.skipped > self.step / 2:

@@ -24,7 +24,7 @@ from ..model.weights import fingerprint, save_model
 from .config import FREE, Config
 import rtdetr_kd.train.epoch  # adds `elapsed` to the Learner
 from .parallel import cut_like, gathered
-from .recipe import shipped_teacher
+from .recipe import inherited_source, shipped_teacher
 from .step import Learner
 
 # %% ../../nbs/train/06_store.ipynb #04a06a82
@@ -205,11 +205,12 @@ def keep_best(self: Store,
 def inputs(
     c: Config,  # data, teacher and init count
 ) -> dict:  # name -> fingerprint
-    "Fingerprints of the files that a run reads: annotations, teacher, init"
+    "Fingerprints of the files that a run reads: annotations, teacher, init, inherit"
     splits = ("train", "select", "val") if c.data != "toy" else ()
     files = {f"data:{s}": annotation_files(data_folder(c.data), s) for s in splits}
     teacher = c.teacher or (str(shipped_teacher()) if c.method != "none" else "")
-    weights = {k: Path(v).expanduser() for k, v in dict(teacher=teacher, init=c.init).items()}
+    inherit = inherited_source(c) if c.inherit else ""
+    weights = {k: Path(v).expanduser() for k, v in dict(teacher=teacher, init=c.init, inherit=inherit).items()}
     files |= {k: [v] for k, v in weights.items() if v.is_file()}
     return {k: fingerprint(*v) for k, v in files.items() if v}
 
