@@ -26,11 +26,11 @@ ROOMS = {  # caption: folder of nbs/
     "To a device": "deploy",
     "The server": "serve",
 }
-GROUND = ["files", "names", "props"]  # notebooks that everything stands on
-GUIDES = ["which_method", "own_data", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
+GROUND = ["files", "names", "props", "command"]  # notebooks that everything stands on, or that stand on everything
+GUIDES = ["which_method", "own_data", "three_tasks", "small_gpu", "colab_a100", "deploy", "reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
 # what a fence of shell commands begins with
-COMMANDS = "(?:papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"
+COMMANDS = "(?:rtdetr-kd|yolo|papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"
 
 
 def settings() -> dict:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/names.ipynb #cfd1e34b
-ROOMS = ["files", "data", "model", "distill", "train", "study", "deploy", "serve"]  # each knows those before it
+ROOMS = ["files", "data", "model", "distill", "train", "study", "deploy", "serve", "command"]  # each knows those before
 
 # %% ../nbs/names.ipynb #47a5edf6
 def modules(
@@ -106,7 +106,8 @@ def stand_for(
 # %% ../nbs/names.ipynb #d1290cb8
 PUBLIC = {  # rtdetr_kd.<room>: {module: names}
     "data": dict(report="check Report", dataset="load_data loader Images", split="Split", coco="read_coco",
-                 augment="augmentation", toy="toy_folder write_split", images="open_image", download="coco_part"),
+                 augment="augmentation", toy="toy_folder write_split", images="open_image", download="coco_part",
+                 sources="read_source", detections="labelled_folder"),
     "model": dict(detector="RTDETR Spec Output Signals Detections", sizes="SIZES", folding="fuse",
                   weights="load_model save_model", foreign_weights="save_huggingface",
                   losses="detection_losses", evaluate="coco_ap predict"),

@@ -69,7 +69,8 @@ def test_every_file_of_the_package_is_a_notebook_s_or_a_door():
         if p.name == "__init__.py":
             assert text.endswith(f'__getattr__, __dir__, __all__ = offered("{room}")\n') and room in PUBLIC, p
         elif p.name == "__main__.py":
-            assert text.startswith(f'"""`python -m rtdetr_kd.{room}`"""\n') and len(text.splitlines()) == 4, p
+            name = "rtdetr_kd" if p.parent == PACKAGE else f"rtdetr_kd.{room}"
+            assert text.startswith(f'"""`python -m {name}`"""\n') and len(text.splitlines()) == 4, p
         else:
             assert text.endswith(f'stand_for(__name__, "{at}")\n') and at in SHORT, p
 

@@ -613,7 +613,7 @@ class Payload:
 
 
 CANNOT = [("nope.onnx", "no such model file"), ("a.txt", "a model file ends in"), ("{dir}/bad.onnx", "is no"),
-          ("{dir}/evil.pth", "a model file ends in"), ("{dir}/evil.safetensors", "."),
+          ("{dir}/evil.pth", "."), ("{dir}/evil.safetensors", "."),
           ("{dir}/a.engine", "TensorRT is not installed|GPU|build it again")]
 
 

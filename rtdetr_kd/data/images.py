@@ -174,7 +174,7 @@ def as_tensor(
 # %% ../../nbs/data/01_images.ipynb #7b96e070
 def to_square(
     image: Tensor,  # (3,h,w) uint8
-    side: int,  # pixels
+    side: int | tuple,  # pixels; or height and width
 ) -> Tensor:  # (3,side,side) uint8
     "The one resize of the project: bilinear with antialiasing, whatever the aspect ratio"
-    return v2.functional.resize(image, [side, side], antialias=True)
+    return v2.functional.resize(image, [side, side] if isinstance(side, int) else [*side], antialias=True)

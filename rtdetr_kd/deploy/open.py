@@ -15,7 +15,7 @@ from .runner import OPENERS, Runner
 OPEN = OPENERS | {".engine": open_engine, ".plan": open_engine}
 
 def open_model(
-    path,  # .onnx, .xml (OpenVINO), .safetensors (PyTorch), .engine or .plan (TensorRT)
+    path,  # .onnx, .xml (OpenVINO), .safetensors or .pth (PyTorch), .engine or .plan (TensorRT)
     threads: int = 0,  # of the CPU; 0: as many as the runtime thinks best
     **options,  # device: cpu, cuda, tensorrt; precision: what to compute in; compiled: by torch.compile
 ) -> Runner:

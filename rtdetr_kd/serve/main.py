@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import uvicorn
+from fastcore.docments import docments
 
-import rtdetr_kd
 from ..deploy.runner import Runner
+from ..files import embedded
 from .app import create_app
 from .batching import CORES, Limits, log
 from .worker_process import open_served
 
 # %% ../../nbs/serve/03_main.ipynb #e5ca0393
-EMBEDDED = Path(rtdetr_kd.__file__).parents[1] / "weights" / "toy_student.onnx"  # served without --weights
+EMBEDDED = embedded("toy_student.onnx")  # served without --weights
 
 def option_parser() -> argparse.ArgumentParser:
     "What the command understands"
@@ -30,14 +31,14 @@ def option_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--weights", type=Path, default=EMBEDDED, help=".onnx, .xml, .safetensors, .engine")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    add("--port", type=int, default=8000)
+    add("--port", type=int, default=8000, help="to listen on; 0: any that is free")
     add("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
     add("--threads", type=int, default=0, help="of one inference; 0: what suits the model, timed at the start")
     add("--copies", type=int, default=0, help="that compute at the same time; 0: what suits the model")
     add("--threshold", type=float, default=.3, help="where a request names none")
     add("--token", default="", help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items():
-        add("--wait" if k == "wait" else f"--max-{k}", dest=k, type=type(v), default=v)
+        add("--wait" if k == "wait" else f"--max-{k}", dest=k, type=type(v), default=v, help=docments(Limits)[k])
     return p
 
 # %% ../../nbs/serve/03_main.ipynb #971293f2

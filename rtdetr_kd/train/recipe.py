@@ -22,7 +22,7 @@ from ..distill.inherit import Inherited, inherit, scramble
 from ..distill.logits import match_queries
 from ..distill.mixtures import make_method, parts_of
 from ..distill.teacher import Method, Teacher, check_classes, check_signals, check_teacher
-from ..files import root
+from ..files import embedded, root
 from ..model.detector import RTDETR, Spec
 from ..model.sizes import SIZES
 from ..model.foreign_weights import OFFICIAL_AP
@@ -62,8 +62,9 @@ def try_out(
 # %% ../../nbs/train/02_recipe.ipynb #ffd0a77a
 def shipped_teacher() -> Path:  # raises FileNotFoundError
     "The embedded teacher of the embedded data"
-    for p in (root(), Path(__file__).resolve().parents[2] if "__file__" in globals() else root()):
-        if (p / "weights/toy_teacher.safetensors").is_file(): return p / "weights/toy_teacher.safetensors"
+    name = "toy_teacher.safetensors"
+    for p in (root() / "weights" / name, embedded(name)):
+        if p.is_file(): return p
     raise FileNotFoundError("weights/toy_teacher.safetensors is missing: it comes with the repository; "
                             "give teacher=<weights file>")
 

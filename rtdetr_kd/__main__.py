@@ -1,0 +1,4 @@
+"""`python -m rtdetr_kd`"""
+from rtdetr_kd.command import main
+
+main()
