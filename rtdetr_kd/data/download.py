@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from .dataset import carve, draw_subset
+from .carving import carve
+from .dataset import draw_subset
 from .formats import read_split
 from .report import write_copy
 from ..files import cache_dir, write_whole

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from ..data.formats import annotation_files
 from ..data.report import data_folder
+from ..data.written import Reading
 from ..files import write_json
 from ..model.detector import RTDETR
 from ..model.weights import fingerprint, save_model
@@ -206,8 +207,9 @@ def inputs(
     c: Config,  # data, teacher and init count
 ) -> dict:  # name -> fingerprint
     "Fingerprints of the files that a run reads: annotations, teacher, init, inherit"
+    how = Reading(outside=c.outside)
     splits = ("train", "select", "val") if c.data != "toy" else ()
-    files = {f"data:{s}": annotation_files(data_folder(c.data), s) for s in splits}
+    files = {f"data:{s}": annotation_files(data_folder(c.data), s, how) for s in splits}
     teacher = c.teacher or (str(shipped_teacher()) if c.method != "none" else "")
     inherit = inherited_source(c) if c.inherit else ""
     weights = {k: Path(v).expanduser() for k, v in dict(teacher=teacher, init=c.init, inherit=inherit).items()}
