@@ -163,11 +163,11 @@ def pairs_of(
     g: Rows,  # true boxes, likewise
     least: float = .5,  # IoU
 ) -> tuple:  # numbers of predictions (p,), of true boxes (p,)
-    "One-to-one pairs, the best overlapping first"
+    "One-to-one pairs, the best overlapping first; of two classes for one box the surer one"
     if not len(d) or not len(g): return np.zeros(0, int), np.zeros(0, int)
     i, j, iou = edges(d, g, least)
     out, used = [], (set(), set())
-    for k in np.lexsort((j, i, -iou)):
+    for k in np.lexsort((j, i, -d.score[i], -iou)):
         if i[k] in used[0] or j[k] in used[1]: continue
         out.append((i[k], j[k]))
         used[0].add(i[k])
