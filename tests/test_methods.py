@@ -42,6 +42,8 @@ KINDS = {m: dict(method=m) for m in METHODS if m != "none"} | dict(
 LOOK = ("cross_attn.sampling_offsets", "cross_attn.attn")
 MOVES = dict(  # what a term teaches, beside the student's encoder
     kd_logit=("dec_score_head",),
+    kd_labels=("dec_score_head",),
+    kd_boxes=("dec_bbox_head",),
     kd_score=("dec_score_head",),
     kd_box=("dec_bbox_head",),
     kd_feature=("method",),

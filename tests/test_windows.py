@@ -14,7 +14,7 @@ KINDS = dict(
     query=("query", {}), last=("query", dict(layers="last", attention_loss="cosine")),
     index=("query", dict(alignment="index")), hungarian=("query", dict(alignment="hungarian")),
     both=("query", dict(points="both", lots=20)), random=("query", dict(points="random", lots=20)),
-    logit=("logit", {}), softmax=("logit", dict(mode="softmax")),
+    logit=("logit", {}), boxes=("boxes", dict(least=.02)), softmax=("logit", dict(mode="softmax")),
     feature=("feature", {}), maps=("feature", dict(attention=0)),
     cwd=("cwd", {}), pkd=("pkd", {}), mgd=("mgd", {}), sum=("query+mgd", {}), stage=("stage", {}))
 

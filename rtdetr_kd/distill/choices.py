@@ -6,7 +6,7 @@
 __all__ = ['METHOD_NAMES', 'PAIRING_NAMES', 'LOOK_NAMES', 'SHAPE_NAMES', 'known_method']
 
 # %% ../../nbs/distill/00_choices.ipynb #c1f2a0a9
-METHOD_NAMES = ("none", "logit", "feature", "cwd", "pkd", "mgd", "query")  # -p method, alone or in a sum
+METHOD_NAMES = ("none", "logit", "boxes", "feature", "cwd", "pkd", "mgd", "query")  # -p method, alone or in a sum
 PAIRING_NAMES = ("index", "hungarian", "shared")  # -p alignment: who is compared with whom
 LOOK_NAMES = ("moments", "cosine", "kl")  # -p attention_loss
 SHAPE_NAMES = ("cosine", "linear", "step", "sigmoid")  # -p stage_shape, each also with _inverse

@@ -21,7 +21,7 @@ from ..model.sizes import SIZES, stages
 @dataclass
 class Config:
     "Everything that a run depends on; the one place of defaults"
-    method: str = "none"  # none, logit, feature, cwd, pkd, mgd, query, stage, or a sum such as query+logit
+    method: str = "none"  # none, logit, boxes, feature, cwd, pkd, mgd, query, stage, or a sum such as query+logit
     data: str = "toy"  # toy, coco, or a folder in COCO's, YOLO's or Pascal VOC's format
     coco_subset: int = 0  # so many training images, drawn once and for all; 0: all
     size: str = "toy"  # toy, toy_teacher, small, lite, r18, r34, r50m, r50, r101, or a timm backbone
