@@ -1,6 +1,6 @@
 "What people expect of a detector: every source, every form, every verb's help, as they type them"
 
-import argparse, io, json, re, subprocess, sys
+import argparse, io, json, os, re, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,13 @@ def folder(scenes, tmp_path_factory):
     for k, x in enumerate(scenes):
         Image.fromarray(x).save(folder / f"{k}.png")
     return folder
+
+
+def run_command(*words, cwd):
+    "`rtdetr-kd` as a process of its own"
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    words = [sys.executable, "-m", "rtdetr_kd", *words]
+    return subprocess.run(words, cwd=cwd, env=env, text=True, capture_output=True, timeout=300)
 
 
 def same(a, b, tolerance=1e-4):
@@ -131,8 +138,7 @@ def test_supervision_gets_the_same_boxes(model, scenes):
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_has_a_meaning_for_each_option(verb):
     "As people type it; a meaning is more than the option's name"
-    words = [sys.executable, "-m", "rtdetr_kd", verb, "--help"]
-    r = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=200)
+    r = run_command(verb, "--help", cwd=ROOT)
     assert r.returncode == 0, r.stderr
     found = re.findall(r"^ {2,4}(?:-\w, )?--([\w-]+)(.*(?:\n {8,}.*)*)", r.stdout, re.M)
     assert found or verb in ("download",)
@@ -149,7 +155,7 @@ def test_each_word_and_option_has_a_help(verb):
 
 def test_the_command_is_the_module(tmp_path):
     words = ["predict", str(TOY), str(ROOT / "figures/scene.jpg"), "--save", "json", "--to", str(tmp_path / "new")]
-    r = subprocess.run([sys.executable, "-m", "rtdetr_kd", *words], cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    r = run_command(*words, cwd=tmp_path)
     assert r.returncode == 0, r.stderr
     row = json.loads((tmp_path / "new/predictions.json").read_text())
     want = load_model(TOY).detect(ROOT / "figures/scene.jpg")
@@ -157,6 +163,5 @@ def test_the_command_is_the_module(tmp_path):
 
 
 def test_a_fault_is_a_sentence_and_an_exit_code(tmp_path):
-    r = subprocess.run([sys.executable, "-m", "rtdetr_kd", "evaluate", "no.onnx", "toy"], cwd=tmp_path, text=True,
-                       capture_output=True, timeout=300)
+    r = run_command("evaluate", "no.onnx", "toy", cwd=tmp_path)
     assert r.returncode == 1 and r.stderr.startswith("Stopped: no.onnx") and "Traceback" not in r.stderr

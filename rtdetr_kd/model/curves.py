@@ -6,8 +6,9 @@
 __all__ = ['ALL', 'Matched', 'matched', 'class_table', 'Curve', 'curve_of', 'class_curves', 'draw_class_curves', 'best_cut',
            'best_thresholds', 'pairs_of', 'by_image', 'confusion', 'draw_confusion']
 
-# %% ../../nbs/model/11_curves.ipynb #9d43e3fd
+# %% ../../nbs/model/11_curves.ipynb #89217f12
 from dataclasses import dataclass
+from functools import cached_property
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,9 +30,9 @@ class Matched:
     names: list  # of the classes
     rows: np.ndarray  # (m,) where each true box stands among the annotations
 
-    @property
+    @cached_property
     def label(self) -> np.ndarray: return self.d.cell // max(len(self.images), 1)  # (n,)
-    @property
+    @cached_property
     def truth(self) -> np.ndarray: return self.g.cell // max(len(self.images), 1)  # (m,)
 
 # %% ../../nbs/model/11_curves.ipynb #4feff716
@@ -64,7 +65,8 @@ def class_table(
         figures = figures_of(p[:, :, c:c + 1], r[:, c:c + 1])
         rows.append(dict(name=name, objects=int(own.sum()), images=len(np.unique(m.g.cell[own])),
                          **{k: figures[k] for k in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")}))
-    return pd.DataFrame(rows).set_index("name").astype({k: float for k in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")})
+    numbers_of = {k: float for k in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")}
+    return pd.DataFrame(rows).set_index("name").astype(numbers_of)
 
 # %% ../../nbs/model/11_curves.ipynb #83bcea1a
 @dataclass
@@ -121,7 +123,8 @@ def draw_class_curves(
     best = curves[ALL].f1.argmax() if len(curves[ALL].f1) else None
     if best is not None: axs[1].axvline(curves[ALL].score[best], color=".5", ls=":")
     axs[0].set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title="IoU ≥ .5")
-    axs[1].set(xlabel="score at which is cut", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02), title="Dotted: the best cut for all")
+    axs[1].set(xlabel="score at which is cut", ylabel="F1", xlim=(0, 1), ylim=(0, 1.02),
+               title="Dotted: the best cut for all")
     axs[0].legend(fontsize=6, loc="lower left")
     fig.tight_layout()
     return fig
@@ -160,11 +163,11 @@ def pairs_of(
     g: Rows,  # true boxes, likewise
     least: float = .5,  # IoU
 ) -> tuple:  # numbers of predictions (p,), of true boxes (p,)
-    "One-to-one pairs, the best overlapping first"
+    "One-to-one pairs, the best overlapping first; of two classes for one box the surer one"
     if not len(d) or not len(g): return np.zeros(0, int), np.zeros(0, int)
     i, j, iou = edges(d, g, least)
     out, used = [], (set(), set())
-    for k in np.lexsort((j, i, -iou)):
+    for k in np.lexsort((j, i, -d.score[i], -iou)):
         if i[k] in used[0] or j[k] in used[1]: continue
         out.append((i[k], j[k]))
         used[0].add(i[k])

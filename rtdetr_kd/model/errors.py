@@ -45,8 +45,9 @@ def error_kinds(
     "What kind of error each prediction is, and which objects nothing stands for"
     same, own, other, theirs = best_overlaps(m)
     wrong = ~m.hit & ~m.void
-    tests = [("location", (same >= .1) & (same < .5), own), ("class", other >= .5, theirs), ("duplicate", same >= .5, own),
-             ("both", other >= .1, theirs), ("background", np.ones(len(m.d), bool), None)]
+    tests = [("location", (same >= .1) & (same < .5), own), ("class", other >= .5, theirs),
+             ("duplicate", same >= .5, own), ("both", other >= .1, theirs),
+             ("background", np.ones(len(m.d), bool), None)]
     kind, stands = np.full(len(m.d), -1), np.full(len(m.d), -1)
     for name, fits, who in tests:
         now = wrong & fits & (kind < 0)
@@ -165,10 +166,12 @@ def worst_pictures(
     for r, (top, low) in zip(rows.itertuples(), axs.T):
         k = at[r.image_id]
         image, own = open_image(split.folder / split.files[k]), split.of(k)
-        draw(image, split.boxes[own], [split.names[c] for c in split.labels[own]], ax=top, title=f"truth: {split.files[k][-22:]}")
+        names = [split.names[c] for c in split.labels[own]]
+        draw(image, split.boxes[own], names, ax=top, title=f"truth: {split.files[k][-22:]}")
         mine = (m.d.cell % len(m.images) == m.images.index(r.image_id)) & (m.d.score >= least[m.label])
         box = m.d.box[mine] + np.pad(m.d.box[mine][:, :2], ((0, 0), (2, 0)))
-        draw(image, box, [m.names[c] for c in m.label[mine]], m.d.score[mine], low, title=f"{r.wrong} wrong, {r.missed} missed")
+        names, title = [m.names[c] for c in m.label[mine]], f"{r.wrong} wrong, {r.missed} missed"
+        draw(image, box, names, m.d.score[mine], low, title=title)
     fig.tight_layout(pad=.4)
     return fig
 

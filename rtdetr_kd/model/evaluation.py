@@ -73,15 +73,17 @@ def evaluation(
 @patch
 def pictures_of(self: Evaluation) -> dict:  # name: figure
     "Curves, confusions, costs of errors, and the pictures that went worst"
-    return dict(curves=draw_class_curves(class_curves(self.matches)), confusion=draw_confusion(self.confusion, self.matches.names),
-                costs=draw_costs({self.split.name: self.costs}), worst=worst_pictures(self.split, self.matches, self.cuts))
+    m = self.matches
+    return dict(curves=draw_class_curves(class_curves(m)), confusion=draw_confusion(self.confusion, m.names),
+                costs=draw_costs({self.split.name: self.costs}), worst=worst_pictures(self.split, m, self.cuts))
 
 # %% ../../nbs/model/13_evaluation.ipynb #605c02aa
 def json_rows(
     t: pd.DataFrame,  # with names of rows
 ) -> dict:  # name of a row: its values, None for NaN
     "A table as JSON can hold it"
-    return {k: {c: None if pd.isna(v) else v for c, v in r.items()} for k, r in t.astype(object).to_dict("index").items()}
+    rows = t.astype(object).to_dict("index").items()
+    return {k: {c: None if pd.isna(v) else v for c, v in r.items()} for k, r in rows}
 
 # %% ../../nbs/model/13_evaluation.ipynb #f4d7e73b
 @patch

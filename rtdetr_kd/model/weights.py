@@ -65,7 +65,8 @@ def read_file(
 
 # %% ../../nbs/model/08_weights.ipynb #ce9f7390
 EXPORTED = (".onnx", ".xml", ".engine", ".plan")
-USE_OPEN_MODEL = "{path} is an exported graph, not weights: rtdetr_kd.deploy.open_model(path) opens it, and detects alike"
+USE_OPEN_MODEL = ("{path} is an exported graph, not weights: rtdetr_kd.deploy.open_model(path) opens it, "
+                  "and detects alike")
 
 def read_weights(
     source,  # our .safetensors, an official .pth, `official:r50`, a Hugging Face folder, or `org/name` on the Hub

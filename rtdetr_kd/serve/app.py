@@ -57,7 +57,7 @@ async def read_query(
         message = NO_CLASS.format(name=unknown[0][:60], names=", ".join(names)[:2000])
         raise Refused(422, "parameter", message)
     numbers = {k for k, n in enumerate(names) if n in wanted} if wanted else None
-    return DetectQuery(service.threshold if threshold is None else threshold, max_detections, numbers, format)
+    return DetectQuery(service.lowest_scores if threshold is None else threshold, max_detections, numbers, format)
 
 # %% ../../nbs/serve/02_app.ipynb #0a60b949
 class Detection(BaseModel):
@@ -450,7 +450,7 @@ async def model(
     service = request.app.state.service
     r = service.worker.runner
     return dict(names=r.names, category_ids=r.category_ids, size=r.size, fingerprint=r.about["weights"],
-                backend=r.backend, precision=r.precision, threshold=service.threshold,
+                backend=r.backend, precision=r.precision, threshold=service.lowest_scores,
                 options=service.options)
 
 # %% ../../nbs/serve/02_app.ipynb #8820932a
@@ -585,7 +585,7 @@ HANDLERS = {Refused: on_refused, RequestValidationError: on_invalid, HTTPExcepti
 def create_app(
     runner: Runner,  # from `open_model`, or `open_served`
     limits: Limits | None = None,  # None: the defaults of `Limits`
-    threshold: float = .3,  # lowest score, where a request names none
+    threshold: float | None = None,  # lowest score, where a request names none; None: the weights' own, or .5
     token: str = "",  # that every request must bring; none if empty
     path=None,  # of the weights, to be read again on SIGHUP; None: they are not
     options: dict | None = None,  # of `open_served`, for that

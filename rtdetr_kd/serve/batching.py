@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ..data.finding import LOWEST_SCORE
 from ..data.images import as_tensor, open_header, orientation, pixels_of, to_square
 from ..deploy.runner import Runner
 
@@ -274,7 +275,7 @@ def stop(self: Worker):
 @dataclass
 class DetectQuery:
     "What a request wants to know"
-    threshold: float  # lowest score
+    threshold: float | list  # lowest score: one, or one for each class
     limit: int  # detections of a picture
     classes: set | None  # class numbers; None: all
     format: str  # json, or coco
@@ -289,7 +290,8 @@ def select_detections(
     "The detections that were asked for, the surest first"
     scores, labels, boxes = out
     finite = np.isfinite(scores) & np.isfinite(boxes).all(1)
-    keep = finite & (np.where(finite, scores, 0) >= asked.threshold)
+    least = np.asarray(asked.threshold, float)
+    keep = finite & (np.where(finite, scores, 0) >= (least[labels] if least.ndim else least))
     if asked.classes is not None: keep &= np.isin(labels, list(asked.classes))
     at = np.flatnonzero(keep)[np.argsort(-scores[keep], kind="stable")][:asked.limit]
     pixels = boxes[at].clip(0, 1) * np.float32([w, h, w, h])
@@ -355,7 +357,7 @@ class Service:
     def __init__(self,
         runner: Runner,  # the opened model
         limits: Limits,  # what may be asked of it
-        threshold: float,  # lowest score, where a request names none
+        threshold: float | None,  # lowest score, where a request names none; None: the weights' own, or .5
         path=None,  # of the weights, to be read again; None: they are not
         options: dict | None = None,  # that they were opened with
     ):
@@ -370,6 +372,12 @@ class Service:
         "After what is in flight"
         self.worker.stop()
         self.pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/serve/00_batching.ipynb #9815b8c7
+@patch(as_prop=True)
+def lowest_scores(self: Service) -> float | list:
+    "What holds where a request names no threshold: one, or one for each class"
+    return (self.worker.runner.thresholds or LOWEST_SCORE) if self.threshold is None else self.threshold
 
 # %% ../../nbs/serve/00_batching.ipynb #a4fc1852
 @patch

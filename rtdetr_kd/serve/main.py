@@ -35,7 +35,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
     add("--threads", type=int, default=0, help="of one inference; 0: what suits the model, timed at the start")
     add("--copies", type=int, default=0, help="that compute at the same time; 0: what suits the model")
-    add("--threshold", type=float, default=.3, help="where a request names none")
+    add("--threshold", type=float, help="where a request names none; without it the weights' own, or .5")
     add("--token", default="", help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items():
         add("--wait" if k == "wait" else f"--max-{k}", dest=k, type=type(v), default=v, help=docments(Limits)[k])
@@ -49,7 +49,7 @@ def arguments(
     p = option_parser()
     a = p.parse_args(words)
     a.token = a.token or os.environ.get("RTDETR_KD_TOKEN", "")  # not a default: --help prints those
-    if not 0 <= a.threshold <= 1: p.error(f"--threshold {a.threshold}: must be between 0 and 1")
+    if not 0 <= (a.threshold or 0) <= 1: p.error(f"--threshold {a.threshold}: must be between 0 and 1")
     if not 0 <= a.port < 65536: p.error(f"--port {a.port}: must be between 0 and 65535")
     for k in ("threads", "copies"):
         if getattr(a, k) < 0: p.error(f"--{k} {getattr(a, k)}: must be 0 (what suits the model) or above")

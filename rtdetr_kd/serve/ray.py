@@ -37,7 +37,7 @@ def make_app(
     "The application of one copy"
     runner = open_served(path, threads=cores)
     limits = Limits(**{k: type(v)(args[k]) for k, v in vars(Limits()).items() if k in args})
-    app = create_app(runner, limits, float(args.get("threshold", .3)), args.get("token", ""))
+    app = create_app(runner, limits, float(args["threshold"]) if "threshold" in args else None, args.get("token", ""))
     app.state.service.worker.ready.result()
     return app
 

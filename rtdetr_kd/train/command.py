@@ -50,11 +50,13 @@ def said_of(
     choices = [] if all(w in meaning for w in WORDS.get(f.name, ())) else [f"one of {', '.join(WORDS[f.name])}"]
     usual = [] if f.default == "" else [f"default: {f.default}"]
     text = meaning + (f" ({'; '.join([*choices, *usual])})" if choices or usual else "")
-    return "\n".join([f"  --{f.name} {kind}", *textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)])
+    lines = textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join([f"  --{f.name} {kind}", *lines])
 
 # %% ../../nbs/train/09_command.ipynb #62f46064
-ABOUT_OPTIONS = ("rtdetr-kd train, python -m rtdetr_kd.train_cli [--key value …]: train a student from a teacher, or a network "
-                 "alone;\nvalues that are not given follow from the data and the size, the defaults here are those of data=coco:")
+ABOUT_OPTIONS = ("rtdetr-kd train, python -m rtdetr_kd.train_cli [--key value …]: train a student from a teacher, "
+                 "or a network alone;\nvalues that are not given follow from the data and the size, "
+                 "the defaults here are those of data=coco:")
 
 def usage() -> str:
     "What --help says: every setting with its meaning, from `Config`'s own comments"
