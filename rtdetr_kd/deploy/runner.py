@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'NOT_OURS', 'PROVIDERS', 'OPENERS', 'about_model', 'read_about', 'onnx_texts', 'pictures', 'check_pixels',
            'feed', 'decoded', 'Runner', 'there', 'provider_of', 'onnx_session', 'open_onnx', 'rest_precision',
-           'read_openvino', 'openvino_call', 'open_openvino', 'torch_threads', 'to_numpy', 'open_torch', 'open_file']
+           'read_openvino', 'openvino_call', 'open_openvino', 'torch_threads', 'to_numpy', 'run_torch', 'open_torch',
+           'open_file']
 
 # %% ../../nbs/deploy/01_runner.ipynb #2e6b2432
 import json
@@ -264,17 +265,17 @@ def to_numpy(
     return v.float().cpu().numpy() if v.is_floating_point() else v.cpu().numpy()
 
 # %% ../../nbs/deploy/01_runner.ipynb #c0226229
-def open_torch(
-    path,  # what `load_model` takes
+def run_torch(
+    model: RTDETR,  # in memory
     threads: int = 0,  # of the CPU; 0: as they are
     device: str = "cpu",  # cpu or cuda
     precision: str = "",  # fp32, or bf16 by autocast
     compiled: bool = False,  # by torch.compile
+    path="",  # of its weights, for complaints
 ) -> Runner:
-    "Weights, run by PyTorch"
+    "A network, run by PyTorch"
     if precision not in ("", "fp32", "bf16"):
         raise ValueError(f"precision={precision!r}: PyTorch runs weights in fp32 or bf16")
-    model = load_model(path)
     net, about = Deployed(model).to(device), about_model(model, "fractions", precision or "fp32")
     if compiled: net = torch.compile(net)
     def call(f):
@@ -285,16 +286,27 @@ def open_torch(
     backend = f"torch-{device}" + "-compiled" * compiled
     return Runner(call, read_about(about, path), backend, precision or "fp32", path=path)
 
+def open_torch(
+    path,  # what `load_model` takes
+    threads: int = 0,  # of the CPU; 0: as they are
+    device: str = "cpu",  # cpu or cuda
+    precision: str = "",  # fp32, or bf16 by autocast
+    compiled: bool = False,  # by torch.compile
+) -> Runner:
+    "Weights, run by PyTorch"
+    return run_torch(load_model(path), threads, device, precision, compiled, path)
+
 # %% ../../nbs/deploy/01_runner.ipynb #5c65f210
 OPENERS = {".onnx": open_onnx, ".xml": open_openvino, ".safetensors": open_torch}
 
 def open_file(
-    model,  # a Runner, which is given back; .onnx, .xml (OpenVINO) or .safetensors (PyTorch)
+    model,  # a Runner, which is given back; a network in memory; .onnx, .xml (OpenVINO) or .safetensors (PyTorch)
     threads: int = 0,  # of the CPU; 0: as many as the runtime thinks best
     **options,  # device, precision, compiled: of the opener
 ) -> Runner:
     "A file that runs without TensorRT, ready to run; `FileNotFoundError` or `ValueError`, one sentence each"
     if isinstance(model, Runner): return model
+    if isinstance(model, RTDETR): return run_torch(model, threads, **options)
     kind = Path(model).suffix.lower()
     if kind not in OPENERS: raise ValueError(f"{model}: a model file ends in {', '.join(OPENERS)}")
     return OPENERS[kind](model, threads, **options)
