@@ -69,7 +69,8 @@ class Report:
         say = "ready to train" if self.ok else "this has to be repaired before training:"
         lines = [f"{r.split + ': ' if r.split else ''}{r.times}× {r.what}: {r.done} ({r.first})"
                  for r in self.faults().itertuples()]
-        return "\n".join([f"{self.folder.name}: {say}", self.counts().to_string(), *lines])
+        counted = [self.counts().to_string()] if self.splits else []
+        return "\n".join([f"{self.folder.name}: {say}", *counted, *lines])
 
     def _repr_html_(self):
         say = "ready to train" if self.ok else "to be repaired before training"

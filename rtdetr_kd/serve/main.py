@@ -16,6 +16,8 @@ import uvicorn
 
 import rtdetr_kd
 from ..deploy.runner import Runner
+from ..files import any_letter
+from ..model.detector import LOWEST_SCORE
 from .app import create_app
 from .batching import CORES, Limits, log
 from .worker_process import open_served
@@ -28,13 +30,14 @@ def option_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rtdetr_kd.serve", description="Serve a detector over HTTP",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--weights", type=Path, default=EMBEDDED, help=".onnx, .xml, .safetensors, .engine")
+    add("--weights", type=Path, default=EMBEDDED,
+        help=".onnx, .xml, .safetensors, .engine, .pth, a Hugging Face folder or name, official:r18")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     add("--port", type=int, default=8000)
     add("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
     add("--threads", type=int, default=0, help="of one inference; 0: what suits the model, timed at the start")
     add("--copies", type=int, default=0, help="that compute at the same time; 0: what suits the model")
-    add("--threshold", type=float, default=.3, help="where a request names none")
+    add("--threshold", type=float, default=LOWEST_SCORE, help="where a request names none")
     add("--token", default="", help="that requests must bring; better by $RTDETR_KD_TOKEN")
     for k, v in vars(Limits()).items():
         add("--wait" if k == "wait" else f"--max-{k}", dest=k, type=type(v), default=v)
@@ -122,6 +125,7 @@ def main(
     words: list | None = None,  # of the command line; None: of this process
 ):
     "Serve until told to stop; what cannot be served stops with one sentence"
+    any_letter()
     a = arguments(words)
     set_up_process()
     try:

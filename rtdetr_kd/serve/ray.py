@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
+from ..model.detector import LOWEST_SCORE
 from .app import create_app
 from .batching import CORES, Limits
 from .main import EMBEDDED
@@ -37,7 +38,7 @@ def make_app(
     "The application of one copy"
     runner = open_served(path, threads=cores)
     limits = Limits(**{k: type(v)(args[k]) for k, v in vars(Limits()).items() if k in args})
-    app = create_app(runner, limits, float(args.get("threshold", .3)), args.get("token", ""))
+    app = create_app(runner, limits, float(args.get("threshold", LOWEST_SCORE)), args.get("token", ""))
     app.state.service.worker.ready.result()
     return app
 
@@ -47,7 +48,8 @@ def build(
 ) -> Application:
     "What `serve run` deploys; `FileNotFoundError` or `ValueError` for a file that cannot be served"
     check_options(args)
-    path, cores = Path(args.get("weights", EMBEDDED)).resolve(), int(args.get("cores", CORES))
+    path, cores = Path(args.get("weights", EMBEDDED)), int(args.get("cores", CORES))
+    if path.exists(): path = path.resolve()  # else a name on the Hub, or official:…
     open_served(path)  # complain here, not in a copy's log
 
     room = int(args.get("room", Limits().room))

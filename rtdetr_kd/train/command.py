@@ -9,7 +9,7 @@ __all__ = ['NO_OPTION', 'option', 'given', 'usage', 'main']
 import sys
 from dataclasses import fields
 
-from ..files import Stop, plainly
+from ..files import Stop, any_letter, plainly
 from .config import Config, configure
 from .run import train
 
@@ -51,6 +51,7 @@ def main(
     words: list | None = None,  # options; None: of the command line
 ):
     "Train as the options say; a fault of the input ends with one sentence"
+    any_letter()
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words): return print(usage())
     try:

@@ -24,8 +24,8 @@ from ..data.boxes import draw
 from ..data.dataset import summary
 from ..data.images import open_image
 from ..data.split import Split, ground_truth, part
-from ..files import commit_now, cpu_name, gpu_name, plainly
-from ..model.detector import RTDETR
+from ..files import any_letter, commit_now, cpu_name, gpu_name, plainly
+from ..model.detector import LOWEST_SCORE, RTDETR
 from ..model.evaluate import coco_ap, evaluate, predict
 from ..model.weights import load_model
 from .config import Config, run_folder
@@ -219,8 +219,9 @@ def train(
     c: Config,  # the settings
 ) -> dict:  # the content of metrics.json
     "Run an experiment, or read its result if it has ended before; of several processes the first one speaks"
-    first = not int(os.environ.get("RANK", 0))
-    with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere): return experiment(c)
+    any_letter()
+    first, nowhere = not int(os.environ.get("RANK", 0)), open(os.devnull, "w", encoding="utf-8")
+    with nowhere, nullcontext() if first else redirect_stdout(nowhere): return experiment(c)
 
 # %% ../../nbs/train/07_run.ipynb #055ff96a
 def read_log(
@@ -277,7 +278,7 @@ def beside_truth(
     model: RTDETR,  # whose detections are shown
     split: Split,  # whose images
     rows=range(4),  # of the split
-    threshold: float = .4,  # the lowest score that is shown
+    threshold: float = LOWEST_SCORE,  # the lowest score that is shown
 ):  # the figure
     "Detections beside the truth"
     rows = [k for k in rows if k < len(split)]
