@@ -97,8 +97,8 @@ def changed_texts(
     return found
 
 # %% ../../nbs/study/00_papermill.ipynb #b7c1d006
-NO_PLACE = ("Stopped: {folder} cannot be written ({why}), so the executed notebook has no place: name one, and one for the "
-            "run, as in papermill nbs/train.ipynb ~/out.ipynb -p runs ~/runs")
+NO_PLACE = ("Stopped: {folder} cannot be written ({why}), so the executed notebook has no place: name one, and one for "
+            "the run, as in papermill nbs/train.ipynb ~/out.ipynb -p runs ~/runs")
 
 def writable(
     folder: Path,  # is made if it is not there
