@@ -6,11 +6,13 @@
 __all__ = ['TYPED', 'PRESETS', 'OWN_RECIPE', 'FINE_TUNING', 'FREE', 'KINDS', 'RANGES', 'WORDS', 'NO_WEIGHTS', 'NOT_TOGETHER',
            'NO_SCALES', 'NO_NAME', 'Config', 'parameters_cell', 'whole_or_real', 'coerce', 'check_ranges',
            'check_words', 'check_weights', 'check_together', 'scales_of', 'check_method', 'check_places',
-           'check_settings', 'of_size', 'run_name', 'configure', 'chosen', 'parameters', 'run_folder']
+           'check_settings', 'of_size', 'run_name', 'configure', 'statements', 'names_set', 'typed_names',
+           'annotations', 'chosen', 'parameters', 'run_folder']
 
 # %% ../../nbs/train/00_config.ipynb #b414b947
-import importlib.util, math, re
+import ast, importlib.util, math, re
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 from ..data.written import Reading
@@ -335,23 +337,54 @@ def configure(
     check_settings(c)
     return replace(c, name=c.name or run_name(c, given, preset))
 
-# %% ../../nbs/train/00_config.ipynb #4d21a9b1
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e3
+def statements(
+    source: str,  # of a cell
+) -> list:  # of syntax trees; empty where it is no Python
+    "What a cell says, statement by statement"
+    try: return ast.parse(source).body
+    except SyntaxError: return []
+
+def names_set(
+    body: list,  # of `statements`
+) -> list:  # of names, as they come
+    "The names that statements set"
+    places = [getattr(n, "targets", [getattr(n, "target", None)])
+              for n in body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+    return [t.id for p in places for t in p if isinstance(t, ast.Name)]
+
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e5
+def typed_names(
+    history: list,  # the cells that the kernel has run, oldest first
+) -> list | None:  # of names; None where no parameters cell was run
+    "The names that the last parameters cell sets, and cells right below it that do nothing else"
+    cells = [statements(s) for s in history]
+    starts = [k for k, body in enumerate(cells) if any(isinstance(n, ast.AnnAssign) for n in body)]
+    if not starts: return None
+    below = takewhile(lambda body: body and all(isinstance(n, ast.Assign) for n in body), cells[starts[-1] + 1:])
+    return list(dict.fromkeys(names_set(sum(below, cells[starts[-1]]))))
+
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e9
+def annotations(
+    names: dict,  # the notebook's `globals()`
+) -> dict:  # name -> type
+    "The types that a parameters cell says"
+    return names.get("__annotations__") or names["__annotate__"](1)  # the second since Python 3.14
+
 def chosen(
     names: dict,  # the notebook's `globals()`
-    before,  # the names that were there before the parameters cell
 ) -> dict:  # name -> value
-    "The parameters among a notebook's global names: those that were not there before"
-    return {k: v for k, v in names.items() if k not in before and not k.startswith("_") and k != "before"}
+    "The parameters among a notebook's global names, as they are now"
+    typed = typed_names(list(names.get("In", [])))
+    return {k: names[k] for k in (annotations(names) if typed is None else typed) if k in names}
 
 # %% ../../nbs/train/00_config.ipynb #1fe7321a
 def parameters(
     names: dict,  # the notebook's `globals()`
-    before,  # the names that were there before the parameters cell
 ) -> dict:  # raises ValueError
     "A notebook's parameters, of the types that its parameters cell says, and none that it does not know"
-    kinds = names.get("__annotations__") or names["__annotate__"](1)  # the second since Python 3.14
-    out = {}
-    for k, v in chosen(names, before).items():
+    kinds, out = annotations(names), {}
+    for k, v in chosen(names).items():
         if k not in kinds: raise unknown(k, kinds)
         out[k] = coerce(k, v, kinds[k])
     return out
