@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.script import anno_parser
 
 import rtdetr_kd
-from .files import Stop, one_of, plainly
+from .files import Stop, any_letter, one_of, plainly
 
 # %% ../nbs/command.ipynb #1f825d51
 SAVES = ("pictures", "json", "csv", "yolo", "coco", "labelme")
@@ -318,6 +318,7 @@ def main(
     words: list | None = None,  # of the command line; None: of this process
 ):
     "The command: a verb, and what it takes; a fault of the input ends with one sentence"
+    any_letter()
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"): return print(list_verbs())
     if words[0] in ("-V", "--version"): return print(rtdetr_kd.__version__)

@@ -7,13 +7,12 @@ __all__ = ['NOT_THE_SAME', 'NOTHING_FOUND', 'NO_DATA', 'NOT_HERE', 'CARD', 'over
            'detections', 'runner_ap', 'check_export', 'trained_on', 'card_text', 'write_card']
 
 # %% ../../nbs/deploy/03_verify.ipynb #e1ee58ad
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..data.dataset import Images, in_order, load_data, loader
+from ..data.dataset import Images, in_order, loader, reading_of
 from ..data.split import Split, ground_truth
 from .runner import Runner, open_file, pictures
 from ..files import write_whole
@@ -136,7 +135,7 @@ def trained_on(
     if "data" not in c: raise ValueError(NO_DATA.format(source=source))
     if c["data"] not in ("toy", "coco") and not Path(c["data"]).expanduser().exists():
         raise ValueError(NOT_HERE.format(source=source, data=c["data"]))
-    return {k: c[k] for k in signature(load_data).parameters if k in c and k != "strict"}
+    return dict(data=c["data"]) | reading_of(c)
 
 # %% ../../nbs/deploy/03_verify.ipynb #d855ff8d
 CARD = """# {name}
