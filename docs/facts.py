@@ -135,7 +135,7 @@ def sizes_table():
     return "\n".join(
         lines
         + [
-            f"| `{k}` | {parameters(k)} | {v.get('image_size', 640)} | {v.get('queries', 300)} |"
+            f"| `{k}` | {parameters(k)} | {v['image_size']} | {v['queries']} |"
             for k, v in SIZES.items()
         ]
     )

@@ -103,12 +103,12 @@ def split_of(
     "One split of a data set. `FileNotFoundError`, `ValueError`"
     from rtdetr_kd.data.audit import prepare
     from rtdetr_kd.data.dataset import load_data
-    from rtdetr_kd.data.formats import read_split
+    from rtdetr_kd.data.formats import home_of, read_split
     from rtdetr_kd.data.report import data_folder
     if name in ("train", "select", "val"): return load_data(data)[name]
     s = read_split(data_folder(data), name)
     if s is None: raise FileNotFoundError(NO_SUCH_SPLIT.format(data=data, split=name))
-    return prepare({name: s})[name]
+    return prepare({name: s}, home=home_of(data_folder(data)))[name]
 
 # %% ../nbs/command.ipynb #6db9c3b9
 def evaluate_verb(
@@ -170,10 +170,13 @@ def check_verb(
     fix: str = "",  # new folder for a repaired copy of the annotations; empty: only look
     strict: bool = False,  # anything that is not as it should be is a fault
     exif: str = "auto",  # boxes are on photographs as seen (apply) or as stored (ignore); auto: by the annotated size
+    boxes: str = "auto",  # how boxes are written: xyxy, xywh, cxcywh, fractions, percent, pixels, or two joined by +
+    limits: str = "",  # shares of the data that may be lost, in the words of the report
+    outside: bool = False,  # images may lie outside the data folder
 ) -> int:  # exit code: 0 ready to train, 1 not
     "Look at every annotation and picture of a data set; exit code 1 if training could not start"
     from rtdetr_kd.data.report import check
-    report = check(data, strict, fix or None, exif, progress=sys.stderr.isatty())
+    report = check(data, strict, fix or None, exif, sys.stderr.isatty(), boxes, limits, outside)
     print(report)
     print(f"go on with: {goes_on(report, fix or data)}")
     return 0 if report.ok else 1

@@ -107,3 +107,25 @@ def test_trained_at_one_size_run_at_others(tmp_path):
         o = m(torch.rand(1, 3, h, w), capture=True)
         own = anchors(tuple((h // s, w // s) for s in (8, 16, 32)))[0].sigmoid()[0]
         torch.testing.assert_close(o.boxes[0], own[o.signals.index[0]], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size, side, training", [("toy", 96, True), ("toy", 96, False), ("r18", 64, True)])
+def test_the_gradient_of_one_image(size, side, training):
+    "A loop of one's own, one image in rows: torch's batch norm would be wrong by as much as the gradient is long"
+    target = dict(labels=torch.tensor([1, 0]), boxes=torch.tensor([[0.3, 0.3, 0.2, 0.3], [0.6, 0.6, 0.3, 0.2]]))
+
+    def gradient(dtype, layout):
+        torch.manual_seed(0)
+        m = RTDETR(Spec(["a", "b"], **SIZES[size] | dict(denoising=0, queries=20))).train(training)
+        m = m.to(dtype, memory_format=layout)
+        torch.manual_seed(1)
+        x = torch.rand(1, 3, side, side).to(dtype).contiguous(memory_format=layout)
+        o = m(x, [{k: v.to(dtype) if v.is_floating_point() else v for k, v in target.items()}])
+        torch.manual_seed(2)
+        pairs = [(o.logits, o.boxes), *o.aux, o.encoder]
+        sum((v * torch.randn(v.shape).to(dtype)).sum() for pair in pairs for v in pair).backward()
+        return torch.cat([p.grad.double().flatten() for p in m.parameters() if p.grad is not None])
+
+    right = gradient(torch.float64, torch.channels_last)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert (gradient(torch.float32, layout) - right).norm() < 0.01 * right.norm()

@@ -1,5 +1,5 @@
 "Exported files, as strangers open them; the notebook that exports, as people run it"
-import importlib.util, re, subprocess, sys
+import importlib.util, json, re, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +222,70 @@ def test_the_command(tmp_path, tiny):
     r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words)
     assert r.returncode == 0, r.stderr[-2000:]
     assert open_model(tmp_path / "x.xml").precision.startswith("int8")
+
+
+def test_nothing_compared_is_an_error(tmp_path):
+    "Two networks that have never met, and find nothing: `matched: 0` is no agreement"
+    from rtdetr_kd.deploy.export import write_onnx
+    from rtdetr_kd.deploy.verify import check_export
+    from rtdetr_kd.props import tiny
+    a, b = tiny(0, 128), tiny(1, 128)
+    file = write_onnx(a, tmp_path / "a.onnx")
+    for weights in (b, a):
+        with pytest.raises(ValueError, match="nothing was compared"): check_export(file, weights, twelve())
+
+
+def test_pictures_without_objects_come_last(files):
+    "A set that begins with empty pictures is compared on the others"
+    from rtdetr_kd.data.split import part
+    from rtdetr_kd.deploy.verify import check_export
+    from dataclasses import replace
+    some = twelve()
+    keep = np.repeat(np.arange(len(some)) >= 8, np.diff(some.start))
+    start = np.concatenate([[0], np.cumsum(np.where(np.arange(len(some)) >= 8, np.diff(some.start), 0))])
+    emptied = {k: getattr(some, k)[keep] for k in vars(some) if isinstance(getattr(some, k), np.ndarray)
+               and len(getattr(some, k)) == len(keep)}
+    late = replace(some, start=start, **emptied)
+    assert len(late.boxes) == len(part(some, range(8, 12)).boxes)
+    assert check_export(files["onnx"], STUDENT, late, images=4)["matched"] > 5
+
+
+def named_after_numbers(folder):
+    "Tiny data whose classes are named as an official checkpoint's without names: class 0, class 1, …"
+    from rtdetr_kd.props import tiny_data
+    tiny_data(folder, 128)
+    for f in folder.rglob("*.json"):
+        d = json.loads(f.read_text())
+        for k, c in enumerate(sorted(d["categories"], key=lambda c: c["id"])): c["name"] = f"class {k}"
+        f.write_text(json.dumps(d))
+    return folder
+
+
+def test_an_official_checkpoint_is_compared_with_pytorch(tmp_path):
+    "A .pth says neither its size nor its data: both are given; the file is checked against the network itself"
+    import torch
+    from rtdetr_kd.deploy.open import open_model
+    from rtdetr_kd.deploy.verify import check_export
+    from rtdetr_kd.model.weights import load_model
+    torch.save(dict(model=load_model(ROOT / "weights/toy_teacher.safetensors").state_dict()), tmp_path / "t.pth")
+    data = named_after_numbers(tmp_path / "data")
+    words = ["-p", "weights", tmp_path / "t.pth", "-p", "data", data, "-p", "image_size", 128]
+    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert open_model(tmp_path / "t.onnx").size == 128
+    from rtdetr_kd.data.dataset import load_data
+    other, split = load_model(tmp_path / "t.pth", image_size=128), load_data(str(data))["select"]
+    assert check_export(tmp_path / "t.onnx", other, split)["matched"] > 3
+    torch.nn.init.normal_(other.decoder.dec_score_head[-1].weight)
+    with pytest.raises(ValueError, match="does not find"): check_export(tmp_path / "t.onnx", other, split)
+
+
+def test_ones_own_student_brings_its_data(tmp_path, tiny):
+    "README's line, as typed: weights alone"
+    from rtdetr_kd.model.weights import load_model, save_model
+    save_model(load_model(STUDENT), tmp_path / "best.safetensors", config=dict(data=str(tiny), exif="auto"))
+    words = ["-p", "weights", tmp_path / "best.safetensors", "-p", "precision", "int8", "-p", "evaluate", "true",
+             "-p", "max_loss", .3]
+    r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert f"Measured on {tiny.name}" in (tmp_path / "best.int8.onnx.md").read_text()

@@ -179,9 +179,45 @@ def test_bare_bytes_and_a_picture_back(server):
 
 
 @pytest.mark.parametrize("name, value", [("threshold", "nan"), ("threshold", 2), ("threshold", "x"), ("format", "xml"),
-                                         ("max_detections", 0), ("max_detections", 301), ("classes", "zebra")])
+                                         ("max_detections", 0), ("max_detections", 301), ("classes", "zebra"),
+                                         ("treshold", .9), ("threshold", [.9, .1])])
 def test_bad_parameters(server, name, value):
     check_error(post(server, params={name: value}), 422, "parameter")
+
+
+def test_a_misspelt_parameter_is_named(server):
+    said = post(server, params=dict(treshold=.9)).json()["error"]["message"]
+    assert "did you mean 'threshold'" in said
+
+
+def test_a_name_in_the_extended_spelling_is_a_file(server):
+    "`filename*=` alone, as some clients send it, and a picture larger than what a text field may be"
+    from PIL import Image as I
+    noise = packed(I.effect_noise((1200, 1200), 90))
+    assert len(noise) > 1_100_000
+    for data in (SCENE, noise):
+        head = b"--xyz\r\nContent-Disposition: form-data; name=\"image\"; filename*=UTF-8''a%20b.jpg\r\n\r\n"
+        r = httpx.post(f"{server.at}/detect", content=head + data + b"\r\n--xyz--\r\n", timeout=120,
+                       headers={"Content-Type": "multipart/form-data; boundary=xyz"})
+        assert r.status_code == 200 and r.json()["image"] == "a b.jpg"
+
+
+@pytest.mark.parametrize("kind", ["pth", "folder"])
+def test_weights_from_elsewhere_are_served(tmp_path, kind):
+    "An official checkpoint and a Hugging Face folder, as --weights promises"
+    import torch
+    from rtdetr_kd.model.detector import RTDETR, Spec
+    from rtdetr_kd.model.foreign_weights import save_huggingface
+    from rtdetr_kd.serve.worker_process import open_served
+    torch.manual_seed(0)
+    m = RTDETR(Spec(["x", "y"], width=16, d=64, d_ff=64, expansion=.5, layers=2, image_size=640)).eval()
+    if kind == "folder": save_huggingface(m, path := tmp_path / "theirs")
+    else: torch.save(dict(model=m.state_dict()), path := tmp_path / "x.pth")
+    r = open_served(path, threads=1)
+    assert (r.size, len(r.names), r.backend) == (640, 2, "torch-cpu")
+    x = np.random.default_rng(0).integers(0, 255, (1, 640, 640, 3), np.uint8)
+    from rtdetr_kd.deploy.runner import run_torch
+    assert np.abs(r(x)[0] - run_torch(m)(x)[0]).max() < 1e-5
 
 
 def hostile_files():

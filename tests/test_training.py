@@ -154,6 +154,18 @@ def test_explicit_wins_over_size_over_preset():
     assert configure(epochs="3").epochs == 3 and configure(resume="false").resume is False
 
 
+def test_a_canonical_size_keeps_its_pixels(tiny):
+    "On a folder, too, whose preset is for small networks; the guide prints the same numbers"
+    from rtdetr_kd.model.sizes import SIZES
+
+    for size in ("r18", "r34", "r50m", "r50", "r101"):
+        assert configure(data=str(tiny), size=size).image_size == SIZES[size]["image_size"] == 640
+        assert configure(data=str(tiny), size=size, image_size=256).image_size == 256
+    assert configure(data=str(tiny), size="r50", init="official:r50").image_size == 640
+    assert configure(data=str(tiny), size="r18", pretrained=True).image_size == 640
+    assert configure(data=str(tiny)).image_size == SIZES["small"]["image_size"] == 256
+
+
 @pytest.mark.parametrize(
     "spoil, says",
     [

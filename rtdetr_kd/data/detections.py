@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
 from .boxes import draw, hash_label
+from .split import id_array
 from ..files import one_of, write_json
 
 # %% ../../nbs/data/12_detections.ipynb #b4165ec1
@@ -132,8 +133,8 @@ def to_coco(self: Detections,
     image_id: int = 0,  # written into every dict
 ) -> list:  # of dicts image_id, category_id, score, bbox
     "Dicts as in COCO's result files, boxes `xywh` in pixels"
-    rows = zip(self.boxes, self.category_ids, self.scores)
-    return [dict(image_id=image_id, category_id=int(c), score=float(s),
+    rows = zip(self.boxes, id_array(self.category_ids).tolist(), self.scores)
+    return [dict(image_id=image_id, category_id=c, score=float(s),
                  bbox=[float(x1), float(y1), float(x2 - x1), float(y2 - y1)]) for (x1, y1, x2, y2), c, s in rows]
 
 # %% ../../nbs/data/12_detections.ipynb #99f5650a

@@ -16,7 +16,8 @@ from PIL import Image
 
 from .images import open_image
 from .report import data_folder, read_splits, write_copy
-from .split import Split, id_array, part
+from .split import Split, id_array, part, refuse
+from .written import Reading
 
 # %% ../../nbs/data/14_dividing.ipynb #0ae6122c
 def look_bits(
@@ -95,7 +96,7 @@ def heap_of(
     start = np.concatenate([[0], *(s.start[1:] + n for s, n in zip(each, boxes))]).astype(int)
     joined = {k: np.concatenate([getattr(s, k) for s in each]) for k in ("boxes", "labels", "crowd", "area")}
     ids = id_array(ids if len({*ids}) == len(ids) else list(range(1, len(ids) + 1)))
-    return replace(a, name="all", files=files, ids=ids, sizes=sizes, start=start, **joined)
+    return replace(a, name="all", files=files, ids=ids, sizes=sizes, start=start, measured=None, digests=[], **joined)
 
 # %% ../../nbs/data/14_dividing.ipynb #72d1c933
 NOT_BESIDE = "to={to!r}: that folder is not empty, and nothing of yours is overwritten; give a new one"
@@ -118,13 +119,16 @@ def divide(
     select: float = .1,  # share of the pictures to choose by
     test: float = 0.,  # share of the pictures for a last, separate test
     seed: int = 0,  # of ties
+    boxes: str = "auto",  # how boxes are written, as for `check`
+    limits: str = "",  # shares that may be lost, as for `check`
 ) -> dict:  # name of a part: Split; written to the folder
     "Divide a data set: alike pictures together, classes in proportion. `FileNotFoundError`, `ValueError`"
     folder = data_folder(str(folder))
     to, shares = Path(to or f"{folder}-split").expanduser(), shares_of(select=select, val=val, test=test)
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     if to.exists() and any(to.iterdir()): raise ValueError(NOT_BESIDE.format(to=str(to)))
-    splits, errors = read_splits(folder)
+    splits, errors = read_splits(folder, Reading(boxes, limits))
+    for k, x in splits.items(): refuse(x.problems, False, f"{folder} ({k})")
     if not splits: raise ValueError("; ".join(errors))
     s = heap_of(splits, folder)
     group = lookalikes(np.stack([look_bits(open_image(s.folder / f)) for f in s.files]))

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from .dataset import carve, draw_subset
+from .carving import carve
+from .dataset import draw_subset
 from .formats import read_split
 from .report import write_copy
-from ..files import cache_dir, write_whole
+from ..files import any_letter, cache_dir, sentence, write_whole
 
 # %% ../../nbs/data/10_download.ipynb #15989663
 def request(
@@ -219,6 +220,7 @@ def coco_part(
 
 # %% ../../nbs/data/10_download.ipynb #9116d1f9
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     p = argparse.ArgumentParser(description="Download a data set")
     p.add_argument("what", choices=["coco"])
     p.add_argument("--folder", type=Path)
@@ -226,4 +228,4 @@ if __name__ == "__main__" and "__file__" in globals():  # run as a command, not 
     p.add_argument("--subset", type=int, default=0, help="so many training images only, each fetched by itself")
     a = p.parse_args()
     try: print(coco_part(a.subset, a.folder, a.base) if a.subset else coco(a.folder, a.base))
-    except (OSError, ValueError) as e: sys.exit(f"Stopped: {e}")
+    except (OSError, ValueError) as e: sys.exit(f"Stopped: {sentence(e)}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from .detections import Detections, class_numbers
 from .images import as_tensor, to_square
+from .split import id_array
 from .sources import Picture, is_camera, is_one, read_source
 
 # %% ../../nbs/data/13_finding.ipynb #2f79b42f
@@ -69,7 +70,7 @@ def as_detections(
     rows = np.flatnonzero(keep)[:asked.limit]
     labels = labels[rows]
     return Detections(boxes[rows], scores[rows], labels, [f.names[c] for c in labels], p.pixels,
-                      np.array([f.category_ids[c] for c in labels], int), p.name, p.path, list(f.names))
+                      id_array([f.category_ids[c] for c in labels]), p.name, p.path, list(f.names))
 
 # %% ../../nbs/data/13_finding.ipynb #aef18a8e
 def squeezed(

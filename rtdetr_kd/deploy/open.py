@@ -6,20 +6,16 @@
 __all__ = ['OPEN', 'open_model']
 
 # %% ../../nbs/deploy/09_open.ipynb #f6601758
-from pathlib import Path
-
 from .engine import open_engine
-from .runner import OPENERS, Runner
+from .runner import OPENERS, Runner, opener_of
 
 # %% ../../nbs/deploy/09_open.ipynb #3de2b14f
 OPEN = OPENERS | {".engine": open_engine, ".plan": open_engine}
 
 def open_model(
-    path,  # .onnx, .xml (OpenVINO), .safetensors or .pth (PyTorch), .engine or .plan (TensorRT)
+    path,  # .onnx, .xml (OpenVINO), .engine or .plan (TensorRT), or weights of any kind (PyTorch)
     threads: int = 0,  # of the CPU; 0: as many as the runtime thinks best
     **options,  # device: cpu, cuda, tensorrt; precision: what to compute in; compiled: by torch.compile
 ) -> Runner:
     "Any exported file, ready to run; raises `FileNotFoundError` or `ValueError`, one sentence each"
-    kind = Path(path).suffix.lower()
-    if kind not in OPEN: raise ValueError(f"{path}: a model file ends in {', '.join(OPEN)}")
-    return OPEN[kind](path, threads, **options)
+    return opener_of(path, OPEN)(path, threads, **options)

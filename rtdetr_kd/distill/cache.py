@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 from torch import Tensor
 
+from ..data.audit import contents_of
 from ..data.dataset import Images, loader
 from .teacher import PER_LAYER, Method, read_by
 from ..files import cache_dir, write_json, write_whole
@@ -100,9 +101,9 @@ def __call__(self: CachedAnswers,
 def same_pixels(
     images: Images,  # with their augmentation
 ) -> str:  # 24 hexadecimal digits
-    "A fingerprint of what the network will see: files, boxes (they steer the crops), size, augmentation and its seed"
+    "A fingerprint of what the network will see: pixels, boxes (they steer the crops), size, augmentation and its seed"
     s, h = images.split, hashlib.sha256()
-    for f in s.files: h.update(f"{f} {(s.folder / f).stat().st_size}".encode())
+    h.update(f"{contents_of(s)} {s.exif} {s.grey_bits} {s.sizes.tolist()}".encode())
     for v in (s.boxes, s.labels, s.crowd): h.update(v.tobytes())
     h.update(f"{images.side} {images.augment!r} {images.seed if images.augment else ''}".encode())
     return h.hexdigest()[:24]

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.dataset import mix
+from ..data.audit import contents_of
 from ..data.split import Split
 from ..data.split import part as part_of
 from ..files import digest, remembered
@@ -311,8 +312,8 @@ def teacher_ap(
     "AP of a teacher on a split, by class names; remembered by the content of weights and data"
     model, (theirs, ours) = teacher.model, same_names(teacher.model.spec.names, split.names)
     if not ours: return None
-    key = digest(weights_mark(model), str(model.spec), split.names, split.files, split.ids,
-                 split.boxes, split.labels, split.crowd)
+    key = digest(weights_mark(model), str(model.spec), split.names, contents_of(split), split.exif, split.grey_bits,
+                 split.sizes, split.start, split.boxes, split.labels, split.crowd, split.area)
     return remembered("gate", key, lambda: evaluate(model, split, classes=dict(zip(theirs, ours)))[0]["AP"])
 
 # %% ../../nbs/distill/01_teacher.ipynb #0c48f43f

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['COCO_NAMES', 'COCO_IDS', 'DERIVED', 'NO_FILE', 'PAGE_NOT_WEIGHTS', 'HAS_CODE', 'NOT_WHOLE', 'NO_WEIGHTS', 'PLACES',
-           'FROM_HF', 'TO_HF', 'NO_RTDETR', 'RELEASES', 'OFFICIAL', 'OFFICIAL_AP', 'NOT_ON_HUB', 'NOT_IN_HF',
-           'read_tensors', 'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf',
-           'to_hf_name', 'to_hf', 'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_config',
-           'read_folder', 'hf_config', 'save_huggingface']
+           'FROM_HF', 'TO_HF', 'NO_RTDETR', 'RELEASES', 'OFFICIAL', 'OFFICIAL_AP', 'NOT_ON_HUB', 'ONE_VALUE',
+           'OTHER_NETWORK', 'NO_SIZE', 'OTHER_IMAGES', 'HUB_NAMES', 'IDS', 'NOT_IN_HF', 'LAYER', 'read_tensors',
+           'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf', 'to_hf_name', 'to_hf',
+           'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_object', 'read_config',
+           'same_network', 'reach', 'read_side', 'our_names', 'read_folder', 'hf_config', 'answering',
+           'save_huggingface']
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #edbc01f0
 import json, re
@@ -202,6 +204,7 @@ def depth_of(
 def infer_spec(
     state: dict,  # our names -> tensors
     names: list | None = None,  # of the classes; COCO's for 80 of them if absent
+    hf: bool = False,  # Hugging Face's network: its last layer answers, also in R50-m
 ) -> Spec:  # raises ValueError where it is no RT-DETR
     "The architecture that a state dict belongs to; 8 heads and 300 queries, which leave no trace in the shapes"
     rows, ff = lambda k: state[k].shape[0], lambda k: rows(f"{k}.layers.0.linear1.weight")
@@ -220,7 +223,8 @@ def infer_spec(
         children_of(state, "encoder.fpn_blocks.0.bottlenecks.") / 3, 300, layers,
         rows("decoder.decoder.layers.0.cross_attn.attention_weights.weight") // (8 * levels),
         d_encoder=d_enc if d_enc != d else 0, d_ff_encoder=d_ff_enc if d_ff_enc != d_ff else 0,
-        answer=2 if (depth, expansion, layers) == (50, .5, 6) else -1,
+        answer=2 if (depth, expansion, layers) == (50, .5, 6) and not hf else -1,
+        denoising=100 if "decoder.denoising_class_embed.weight" in state else 0,
         category_ids=COCO_IDS if c == 80 and names == COCO_NAMES else [])
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #73cdb526
@@ -254,39 +258,133 @@ def hub_folder(
 ) -> Path:  # raises ValueError where it cannot be fetched
     "A model of the Hugging Face Hub, as the folder that huggingface_hub keeps it in"
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
+    wanted = ["config.json", "preprocessor_config.json", "*.safetensors"]
+    try: return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as e:
         raise ValueError(NOT_ON_HUB.format(name=name, kind=type(e).__name__)) from None
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #b46408e5
+def read_object(
+    path: Path,  # *.json
+) -> dict:  # raises ValueError
+    "A JSON file that holds an object"
+    try: return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path} is not readable JSON ({e}): copy or download it again") from None
+
 def read_config(
-    folder: Path,  # with config.json and model.safetensors
+    folder: Path,  # with config.json and the tensors' file
+    tensors: str = "model.safetensors",  # its name
 ) -> dict:  # raises FileNotFoundError or ValueError
     "The settings of a Hugging Face folder with an RT-DETR in it"
-    for f in ("config.json", "model.safetensors"):
+    for f in ("config.json", tensors):
         if not (folder / f).is_file():
             raise FileNotFoundError(f"{folder} has no {f}: a Hugging Face model folder has "
                                     "config.json and model.safetensors")
-    try: c = dict(json.loads((folder / "config.json").read_text()))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{folder / 'config.json'} is not readable JSON ({e}): copy or download it again") from None
+    c = read_object(folder / "config.json")
     if not str(c.get("model_type", "")).startswith("rt_detr"):
         raise ValueError(f"{folder} holds a model of type {c.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
     return c
 
+# %% ../../nbs/model/07_foreign_weights.ipynb #c2d1a002
+ONE_VALUE = {  # setting of config.json: the one value that this network has
+    "activation_function": "silu", "encoder_activation_function": "gelu", "decoder_activation_function": "relu",
+    "layer_norm_eps": 1e-5, "batch_norm_eps": 1e-5, "positional_encoding_temperature": 10000,
+    "normalize_before": False, "eval_size": None, "learn_initial_query": False, "with_box_refine": True,
+    "encoder_layers": 1, "hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False}
+OTHER_NETWORK = ("{folder}: {key}={value!r} makes another network than this project's RT-DETR, where it is {own!r}; "
+                 "its weights would load and compute something else, so they are not read")
+
+def same_network(
+    folder: Path,  # for the message
+    c: dict,  # its config.json
+    side: int,  # of its images, in pixels
+):  # raises ValueError
+    "Refuse settings that leave no trace in the tensors and change what they compute"
+    said, heads = (c.get("backbone_config") or {}) | c, c.get("decoder_attention_heads", 8)
+    levels, v2 = c.get("num_feature_levels", 3), c["model_type"] == "rt_detr_v2"
+    found = [(k, said.get(k, own), (own,)) for k, own in ONE_VALUE.items()] + [
+        ("encoder_attention_heads", c.get("encoder_attention_heads", c.get("num_attention_heads", 8)), (heads,)),
+        ("encode_proj_layers", list(c.get("encode_proj_layers", [2])), ([levels - 1],)),
+        ("anchor_image_size", c.get("anchor_image_size"), (None, side, [side, side])),
+        ("decoder_method", c.get("decoder_method", "default") if v2 else "default", ("default", "discrete"))]
+    for key, value, allowed in found:
+        if value not in allowed:
+            raise ValueError(OTHER_NETWORK.format(folder=folder, key=key, value=value, own=allowed[0]))
+
+# %% ../../nbs/model/07_foreign_weights.ipynb #c2d1a006
+def reach(
+    state: dict,  # our names -> tensors
+    s: float,  # version 2's `decoder_offset_scale`
+) -> dict:  # the same function with the factor ½
+    "Another reach of the sampling points, folded into the layer that gives their offsets"
+    if s == .5: return state
+    return {k: v * (2 * s) if ".sampling_offsets." in k else v for k, v in state.items()}
+
+# %% ../../nbs/model/07_foreign_weights.ipynb #c2d1a009
+NO_SIZE = ("{folder} has no preprocessor_config.json, so the size of its images is not known: 640 pixels are taken, "
+           "RT-DETR's usual ones; load_model(…, image_size=…) gives another")
+OTHER_IMAGES = ("{folder}/preprocessor_config.json: {what} gives the network other images than here, where they are "
+                "squares of one size, resized bilinearly, with values from 0 to 1; so the model is not read. If the "
+                "difference does not matter to you, change it there")
+
+def read_side(
+    folder: Path,  # with or without preprocessor_config.json
+) -> int:  # pixels; raises ValueError where images are prepared otherwise than here
+    "The side of the squares that a Hugging Face folder's images are resized to"
+    path, usual = Path(folder) / "preprocessor_config.json", dict(height=640, width=640)
+    if not path.is_file():
+        print(NO_SIZE.format(folder=folder), flush=True)
+        return 640
+    p = {k: v for k, v in read_object(path).items() if v is not None}
+    size = p.get("size", usual)
+    size = {k: v for k, v in size.items() if v} if isinstance(size, dict) else dict(height=size, width=size)
+    ours = str(p.get("image_processor_type", p.get("feature_extractor_type", "RTDetr"))).startswith("RTDetr")
+    plain = set(p.get("image_mean", [1])) == {0} and set(p.get("image_std", [0])) == {1}
+    other = dict(
+        do_resize=not p.get("do_resize", True), resample=p.get("resample", 2) not in (2, "bilinear"),
+        size=set(size) != {"height", "width"} or size["height"] != size["width"],
+        do_rescale=not p.get("do_rescale", True), rescale_factor=abs(255 * p.get("rescale_factor", 1 / 255) - 1) > 1e-6,
+        do_normalize=p.get("do_normalize", not ours) and not plain,
+        do_pad=p.get("do_pad") and p.get("pad_size", size) != size)
+    for k, differs in other.items():
+        if differs: raise ValueError(OTHER_IMAGES.format(folder=folder, what=f"{k}={p.get(k)!r}"))
+    return int(size["height"])
+
+# %% ../../nbs/model/07_foreign_weights.ipynb #c2d1a00d
+HUB_NAMES = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
+             "diningtable": "dining table", "tvmonitor": "tv"}
+
+def our_names(
+    names: list,  # of classes, as a file of the Hub says
+) -> list:  # COCO's own where they are COCO's 80, else as they are
+    "COCO's classes by COCO's names"
+    own = [HUB_NAMES.get(n, n) for n in names]
+    return own if own == COCO_NAMES else list(names)
+
 # %% ../../nbs/model/07_foreign_weights.ipynb #0d7a0615
+IDS = "{folder}/config.json: category_ids has {n} ids for {c} classes"
+
 def read_folder(
-    folder: Path,  # with config.json and model.safetensors
+    folder: Path,  # with config.json and the tensors' file
+    tensors: str = "model.safetensors",  # its name
 ) -> tuple:  # state dict, spec, about; raises FileNotFoundError or ValueError
     "A folder in Hugging Face's format"
-    c = read_config(folder)
-    names = [c["id2label"][k] for k in sorted(c.get("id2label", {}), key=int)] or None
-    state = from_hf(read_tensors(folder / "model.safetensors")[0])
-    spec = infer_spec(state, names)
+    c = read_config(folder, tensors)
+    side = read_side(folder)
+    same_network(folder, c, side)
+    names = our_names([c["id2label"][k] for k in sorted(c.get("id2label", {}), key=int)])
+    file = folder / tensors
+    state = from_hf(read_tensors(file)[0] if file.suffix == ".safetensors" else read_pth(file))
+    state = reach(state, c.get("decoder_offset_scale", .5) if c["model_type"] == "rt_detr_v2" else .5)
+    spec = infer_spec(state, names or None, hf=True)
     discrete = dict(attention="discrete") if c.get("decoder_method") == "discrete" else {}
-    spec = replace(spec, **discrete, heads=c.get("decoder_attention_heads", 8), queries=c.get("num_queries", 300),
-                   points=c.get("decoder_n_points", 4), category_ids=COCO_IDS if len(spec.names) == 80 else [])
-    return state, spec, {}
+    ids = c.get("category_ids", spec.category_ids)
+    if ids and len(ids) != len(spec.names): raise ValueError(IDS.format(folder=folder, n=len(ids), c=len(spec.names)))
+    return state, replace(
+        spec, **discrete, heads=c.get("decoder_attention_heads", 8), queries=c.get("num_queries", 300),
+        points=c.get("decoder_n_points", 4), denoising=c.get("num_denoising", 100) if spec.denoising else 0,
+        image_size=side, category_ids=list(ids)), {}
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #d4c988b2
 NOT_IN_HF = ("Hugging Face's RT-DETR has a ResNet-vd backbone, deformable attention and 3 RepVGG blocks a fusion block "
@@ -313,9 +411,21 @@ def hf_config(
         d_model=s.d, num_queries=s.queries, decoder_in_channels=[d] * s.levels, decoder_ffn_dim=s.d_ff,
         num_feature_levels=s.levels, decoder_n_points=s.points, decoder_layers=s.layers,
         decoder_attention_heads=s.heads, num_denoising=s.denoising)
-    names = dict(id2label={str(k): n for k, n in enumerate(s.names)}, label2id={n: k for k, n in enumerate(s.names)})
+    names = dict(id2label={str(k): n for k, n in enumerate(s.names)}, label2id={n: k for k, n in enumerate(s.names)},
+                 category_ids=s.category_ids)
     kind = dict(model_type="rt_detr", architectures=["RTDetrForObjectDetection"], backbone_config=body)
     return kind | encoder | decoder | names
+
+# %% ../../nbs/model/07_foreign_weights.ipynb #c2d1a011
+LAYER = re.compile(r"decoder\.(?:decoder\.layers|dec_score_head|dec_bbox_head)\.(\d+)\.")  # and its number
+
+def answering(
+    model: RTDETR,  # whose spec says which layer answers
+) -> tuple:  # state dict, spec
+    "The decoder layers up to the one that answers, which is then the last"
+    n = model.spec.answer % model.spec.layers + 1
+    in_use = lambda k: not (m := LAYER.match(k)) or int(m[1]) < n
+    return {k: v for k, v in model.state_dict().items() if in_use(k)}, replace(model.spec, layers=n, answer=-1)
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #07ce545f
 def save_huggingface(
@@ -323,9 +433,10 @@ def save_huggingface(
     folder,  # gets config.json, model.safetensors and preprocessor_config.json
 ):
     "A student for people who use transformers: `RTDetrForObjectDetection.from_pretrained(folder)`"
-    config, folder, side = hf_config(model.spec), Path(folder), model.spec.image_size
+    own, spec = answering(model)
+    config, folder, side = hf_config(spec), Path(folder), spec.image_size
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in to_hf(model.state_dict()).items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in to_hf(own).items()}
     write_whole(folder / "model.safetensors", lambda p: save_file(state, p, {"format": "pt"}))
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", dict(

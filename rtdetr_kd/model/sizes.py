@@ -14,11 +14,11 @@ SIZES = dict(
     small=dict(backbone="resnet18vd", width=32, d=128, d_ff=256, expansion=.5, depth=.34,
                queries=100, layers=3, denoising=40, image_size=256),
     lite=dict(backbone="resnet18vd", levels=2, queries=100, layers=3, expansion=.5, image_size=512),
-    r18=dict(backbone="resnet18vd", expansion=.5, layers=3, queries=300),
-    r34=dict(backbone="resnet34vd", expansion=.5, layers=4, queries=300),
-    r50m=dict(backbone="resnet50vd", expansion=.5, answer=2, queries=300),
-    r50=dict(backbone="resnet50vd", queries=300),
-    r101=dict(backbone="resnet101vd", d_encoder=384, d_ff_encoder=2048, queries=300),
+    r18=dict(backbone="resnet18vd", expansion=.5, layers=3, queries=300, image_size=640),
+    r34=dict(backbone="resnet34vd", expansion=.5, layers=4, queries=300, image_size=640),
+    r50m=dict(backbone="resnet50vd", expansion=.5, answer=2, queries=300, image_size=640),
+    r50=dict(backbone="resnet50vd", queries=300, image_size=640),
+    r101=dict(backbone="resnet101vd", d_encoder=384, d_ff_encoder=2048, queries=300, image_size=640),
 )
 
 # %% ../../nbs/model/00_sizes.ipynb #2a3e0723

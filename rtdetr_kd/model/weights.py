@@ -77,14 +77,12 @@ def read_weights(
     if text.startswith("official:"): path = official_file(text)
     elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.suffix: path = hub_folder(text)
     if path.is_dir(): return read_folder(path)
-    if path.suffix in (".pth", ".pt", ".bin"):
-        state = read_pth(path)
-        state = from_hf(state) if any(k.startswith("model.backbone") for k in state) else state
-        return state, infer_spec(state), {}
-    state, meta = read_tensors(path)
+    state, meta = (read_pth(path), {}) if path.suffix in (".pth", ".pt", ".bin") else read_tensors(path)
     if "spec" in meta: return read_file(path)
-    if any(k.startswith("model.") for k in state): state = from_hf(state)
-    return official_names(state), infer_spec(official_names(state)), {}
+    if not any(k.startswith("model.backbone") for k in state):
+        return official_names(state), infer_spec(official_names(state)), {}
+    if (path.parent / "config.json").is_file(): return read_folder(path.parent, path.name)
+    return from_hf(state), infer_spec(from_hf(state), hf=True), {}
 
 # %% ../../nbs/model/08_weights.ipynb #4cefa2c9
 def load_state(

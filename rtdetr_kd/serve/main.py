@@ -16,7 +16,7 @@ import uvicorn
 from fastcore.docments import docments
 
 from ..deploy.runner import Runner
-from ..files import embedded
+from ..files import any_letter, embedded
 from .app import create_app
 from .batching import CORES, Limits, log
 from .worker_process import open_served
@@ -29,7 +29,8 @@ def option_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m rtdetr_kd.serve", description="Serve a detector over HTTP",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
-    add("--weights", type=Path, default=EMBEDDED, help=".onnx, .xml, .safetensors, .engine")
+    add("--weights", type=Path, default=EMBEDDED,
+        help=".onnx, .xml, .safetensors, .engine, .pth, a Hugging Face folder or name, official:r18")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     add("--port", type=int, default=8000, help="to listen on; 0: any that is free")
     add("--device", default="", help="cpu, cuda, tensorrt; the file's own default if empty")
@@ -123,6 +124,7 @@ def main(
     words: list | None = None,  # of the command line; None: of this process
 ):
     "Serve until told to stop; what cannot be served stops with one sentence"
+    any_letter()
     a = arguments(words)
     set_up_process()
     try:

@@ -47,7 +47,8 @@ def build(
 ) -> Application:
     "What `serve run` deploys; `FileNotFoundError` or `ValueError` for a file that cannot be served"
     check_options(args)
-    path, cores = Path(args.get("weights", EMBEDDED)).resolve(), int(args.get("cores", CORES))
+    path, cores = Path(args.get("weights", EMBEDDED)), int(args.get("cores", CORES))
+    if path.exists(): path = path.resolve()  # else a name on the Hub, or official:…
     open_served(path)  # complain here, not in a copy's log
 
     room = int(args.get("room", Limits().room))

@@ -8,10 +8,9 @@ __all__ = ['PROCESS_GONE', 'serve_calls', 'process_main', 'WorkerProcess', 'Copi
 # %% ../../nbs/serve/01_worker_process.ipynb #86fdee8a
 import os, pickle, queue, signal, subprocess, sys, threading
 from contextlib import suppress
-from pathlib import Path
 
-from ..deploy.runner import Runner
-from ..deploy.open import open_model
+from ..deploy.runner import Runner, open_torch, opener_of
+from ..deploy.open import OPEN, open_model
 
 # %% ../../nbs/serve/01_worker_process.ipynb #d221b555
 def serve_calls(
@@ -123,7 +122,7 @@ def open_served(
     **options,  # of `open_model`
 ) -> Runner:  # with one call, which `copies` threads may use
     "Weights on a CPU in processes of their own, whatever computes outside Python in this one"
-    in_python = Path(path).suffix.lower() == ".safetensors" and options.get("device", "cpu") == "cpu"
+    in_python = opener_of(path, OPEN) is open_torch and options.get("device", "cpu") == "cpu"
     if in_python: return open_in_process(path, copies, **options)
     r = [open_model(path, **options) for _ in range(copies)]
     return Runner(Copies([x.call for x in r]), r[0].about, r[0].backend, r[0].precision, r[0].batch)

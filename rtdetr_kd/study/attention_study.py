@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention_maps import (
     attention_map, draw_look, inside, looks, mass, peak, points_of, query_of, unlearned)
-from ..files import root, write_json
+from ..files import any_letter, root, write_json
 from ..data.dataset import Images, in_order, load_data, loader
 from ..data.split import part
 from ..distill.teacher import layer_pairs, same_cell
@@ -261,6 +261,7 @@ def draw_example() -> plt.Figure:
 
 # %% ../../nbs/study/09_attention_study.ipynb #ff66e08c
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     a = argparse.ArgumentParser(description="Measure where the toy study's students look, and draw the paper's figures")
     a.add_argument("runs", nargs="*", type=Path, metavar="RUN",
                    help="folders of published runs, with their weights; none: only draw")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from ..files import root, write_json
+from ..files import any_letter, root, write_json
 from ..data.dataset import load_data
 from ..data.images import open_image
 from ..model.detector import RTDETR
@@ -295,6 +295,7 @@ def write_figures(
 
 # %% ../../nbs/study/07_figures.ipynb #0672fcc2
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     p = argparse.ArgumentParser(description="Compute the study's comparisons from runs/published, and draw its figures")
     p.add_argument("--resamples", type=int, default=1000, help="of the images")
     p.add_argument("--models", action="store_true", help="measure the networks' cost on this machine first")

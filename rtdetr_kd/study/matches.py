@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from ..data.split import Split, ground_truth
-from ..files import digest, remembered, write_whole
+from ..files import any_letter, digest, remembered, write_whole
 from .records import FILE, match_bytes, published_folder, put_member, record_of, records
-from ..data.dataset import load_data
+from ..data.dataset import load_data, reading_of
 from ..model.evaluate import RECALLS, by_cell, curve, match_detections, numbers, outside, predict, rows_of
 from ..model.weights import load_model
 
@@ -254,7 +254,7 @@ def matches_of_run(
 ) -> Matches:
     "Evaluate a run's best weights on val, as the learner did; raises ValueError if AP is not the run's"
     r = record_of(run)
-    split = split or load_data(r["config"]["data"])["val"]
+    split = split or load_data(r["config"]["data"], **reading_of(r["config"]))["val"]
     m = matches_of(ground_truth(split), predict(load_model(run / "best.safetensors"), split))
     now, said = figures(m)["AP"], r["metrics"]["AP"]
     if abs(now - said) > 1e-9:
@@ -284,6 +284,7 @@ def keep_matches(
 
 # %% ../../nbs/study/04_matches.ipynb #21ed463d
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     p = argparse.ArgumentParser(description="Keep the matches of finished runs")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     p.add_argument("--published", action="store_true",

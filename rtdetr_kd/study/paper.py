@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import root
+from ..files import any_letter, root
 from ..train.config import PRESETS
 from .grid import GRID, spoken
 from .records import record, runs_of_study
@@ -246,6 +246,7 @@ def build_paper(
 
 # %% ../../nbs/study/10_paper.ipynb #73a95390
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     p = argparse.ArgumentParser(description="The manuscript from runs/published: paper/generated and paper/paper.pdf")
     p.add_argument("--check", action="store_true", help="only compare text and results")
     a = p.parse_args()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..files import plainly, root
+from ..files import any_letter, plainly, root
 from ..train.config import FREE, PRESETS, configure
 from ..data.dataset import load_data
 from ..train.run import beside_truth, train
@@ -186,6 +186,7 @@ def draw_readme():
 
 # %% ../../nbs/study/11_results.ipynb #610e44d1
 if __name__ == "__main__" and "__file__" in globals():  # run as a command, not in a notebook
+    any_letter()
     p = argparse.ArgumentParser(description="Fill the README from runs/published")
     p.add_argument("--check", action="store_true", help="only compare: README, comparisons, runs and matches")
     p.add_argument("--publish", nargs="*", default=[], metavar="RUN",

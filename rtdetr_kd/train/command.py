@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from fastcore.docments import docments
 
-from ..files import Stop, plainly
+from ..files import Stop, any_letter, plainly
 from .config import WORDS, Config, configure
 from .run import train
 
@@ -68,6 +68,7 @@ def main(
     words: list | None = None,  # options; None: of the command line
 ):
     "Train as the options say; a fault of the input ends with one sentence"
+    any_letter()
     words = sys.argv[1:] if words is None else words
     if {"-h", "--help"} & set(words): return print(usage())
     try:

@@ -6,13 +6,16 @@
 __all__ = ['TYPED', 'PRESETS', 'OWN_RECIPE', 'FINE_TUNING', 'FREE', 'KINDS', 'RANGES', 'WORDS', 'NO_WEIGHTS', 'NOT_TOGETHER',
            'NO_SCALES', 'NO_NAME', 'Config', 'parameters_cell', 'whole_or_real', 'coerce', 'check_ranges',
            'check_words', 'check_weights', 'check_together', 'scales_of', 'check_method', 'check_places',
-           'check_settings', 'of_size', 'run_name', 'configure', 'chosen', 'parameters', 'run_folder']
+           'check_settings', 'of_size', 'run_name', 'configure', 'statements', 'names_set', 'typed_names',
+           'annotations', 'chosen', 'parameters', 'run_folder']
 
 # %% ../../nbs/train/00_config.ipynb #b414b947
-import importlib.util, math, re
+import ast, importlib.util, math, re
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
+from ..data.written import Reading
 from ..distill.choices import LOOK_NAMES, METHOD_NAMES, PAIRING_NAMES, SHAPE_NAMES, known_method
 from ..files import one_of, root, unknown
 from ..model.sizes import SIZES, stages
@@ -22,7 +25,7 @@ from ..model.sizes import SIZES, stages
 class Config:
     "Everything that a run depends on; the one place of defaults"
     method: str = "none"  # none, logit, boxes, feature, cwd, pkd, mgd, query, stage, or a sum such as query+logit
-    data: str = "toy"  # toy, coco, or a folder in COCO's, YOLO's or Pascal VOC's format
+    data: str = "toy"  # toy, coco, a folder in COCO's, YOLO's or Pascal VOC's format, or a yaml of YOLO's
     coco_subset: int = 0  # so many training images, drawn once and for all; 0: all
     size: str = "toy"  # toy, toy_teacher, small, lite, r18, r34, r50m, r50, r101, or a timm backbone
     teacher: str = ""  # weights file, official:r50, org/name on the Hub, random:r50 (the control); empty: toy's own
@@ -77,6 +80,9 @@ class Config:
     multi_scale: bool = False  # each batch at another size, 3/4 to 5/4 of image_size, as RT-DETR on COCO
     strict: bool = False  # stop at anything in the data that is not as it should be
     exif: str = "auto"  # boxes are on photographs as seen (apply) or stored (ignore); auto: by the annotated size
+    boxes: str = "auto"  # how the data writes boxes: xyxy, xywh, cxcywh, fractions, percent, pixels, or two joined by +
+    limits: str = ""  # shares of the data that may be lost, in the words of the report; empty: the usual ones
+    outside: bool = False  # images may lie outside the data folder, where its files say so
     eval_every: int = 1  # epochs between evaluations on the select split
     save_minutes: float = 10.  # between states written within an epoch; 0: only after each
     workers: int = -1  # processes that load images; -1: by the machine
@@ -112,7 +118,8 @@ OWN_RECIPE = dict(lr=1e-4, clip=.1)  # RT-DETR's, for the sizes that are RT-DETR
 FINE_TUNING = dict(lr=1e-4, backbone_lr=.1, clip=.1)  # when the backbone has learned before
 
 # %% ../../nbs/train/00_config.ipynb #012283bb
-FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict", "checkpoint", "tracker")
+FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict", "checkpoint", "tracker",
+        "limits", "outside")
 
 # %% ../../nbs/train/00_config.ipynb #adfca510
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
@@ -171,6 +178,7 @@ def check_words(
 ):  # raises ValueError, which names the nearest
     "Refuse a word that means nothing"
     for k, known in WORDS.items(): one_of(k, getattr(c, k), known)
+    Reading(c.boxes, c.limits, c.outside, c.exif)  # refuses what means nothing
 
 # %% ../../nbs/train/00_config.ipynb #4e41c855
 NO_WEIGHTS = ("{}={!r}: there is no such weights file; give a file, official:r50 (r18, r34, r50m, r101), "
@@ -261,7 +269,9 @@ def check_places(
     "Refuse a folder, a package or a backbone that is not there"
     if c.name and (not re.fullmatch(r"[\w=+-][\w=.+ -]{0,149}", c.name) or c.name in ("published",)):
         raise ValueError(NO_NAME.format(c.name))
-    if c.data not in ("toy", "coco") and not (c.data.strip() and Path(c.data).expanduser().is_dir()):
+    p = Path(c.data).expanduser()
+    there = c.data.strip() and (p.is_dir() or p.suffix in (".yaml", ".yml") and p.is_file())
+    if c.data not in ("toy", "coco") and not there:
         raise ValueError(f"data={c.data!r}: there is no such folder; give 'toy', 'coco' or a folder in COCO's format")
     if c.tracker != "none" and not importlib.util.find_spec(c.tracker):
         raise ValueError(f"tracker={c.tracker!r}: that package is not installed; "
@@ -308,7 +318,9 @@ def run_name(
     short = lambda k, v: Path(str(v)).stem if k in ("teacher", "init", "inherit") else v
     said = {k: v for k, v in sorted(given.items()) if k not in ("data", "method", "size", *FREE) and v != usual(k)}
     size = "" if c.size == preset["size"] else f"-{c.size}"
-    name = f"{Path(c.data).resolve().name}{size}-{c.method}" + "".join(f"-{k}={short(k, v)}" for k, v in said.items())
+    data = Path(c.data).resolve()
+    data = f"{data.parent.name}-{data.stem}" if data.suffix in (".yaml", ".yml") else data.name
+    name = f"{data}{size}-{c.method}" + "".join(f"-{k}={short(k, v)}" for k, v in said.items())
     return re.sub(r"[^\w=.+-]", "_", name)
 
 # %% ../../nbs/train/00_config.ipynb #37782a3e
@@ -325,23 +337,54 @@ def configure(
     check_settings(c)
     return replace(c, name=c.name or run_name(c, given, preset))
 
-# %% ../../nbs/train/00_config.ipynb #4d21a9b1
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e3
+def statements(
+    source: str,  # of a cell
+) -> list:  # of syntax trees; empty where it is no Python
+    "What a cell says, statement by statement"
+    try: return ast.parse(source).body
+    except SyntaxError: return []
+
+def names_set(
+    body: list,  # of `statements`
+) -> list:  # of names, as they come
+    "The names that statements set"
+    places = [getattr(n, "targets", [getattr(n, "target", None)])
+              for n in body if isinstance(n, (ast.Assign, ast.AnnAssign))]
+    return [t.id for p in places for t in p if isinstance(t, ast.Name)]
+
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e5
+def typed_names(
+    history: list,  # the cells that the kernel has run, oldest first
+) -> list | None:  # of names; None where no parameters cell was run
+    "The names that the last parameters cell sets, and cells right below it that do nothing else"
+    cells = [statements(s) for s in history]
+    starts = [k for k, body in enumerate(cells) if any(isinstance(n, ast.AnnAssign) for n in body)]
+    if not starts: return None
+    below = takewhile(lambda body: body and all(isinstance(n, ast.Assign) for n in body), cells[starts[-1] + 1:])
+    return list(dict.fromkeys(names_set(sum(below, cells[starts[-1]]))))
+
+# %% ../../nbs/train/00_config.ipynb #b1c7a0e9
+def annotations(
+    names: dict,  # the notebook's `globals()`
+) -> dict:  # name -> type
+    "The types that a parameters cell says"
+    return names.get("__annotations__") or names["__annotate__"](1)  # the second since Python 3.14
+
 def chosen(
     names: dict,  # the notebook's `globals()`
-    before,  # the names that were there before the parameters cell
 ) -> dict:  # name -> value
-    "The parameters among a notebook's global names: those that were not there before"
-    return {k: v for k, v in names.items() if k not in before and not k.startswith("_") and k != "before"}
+    "The parameters among a notebook's global names, as they are now"
+    typed = typed_names(list(names.get("In", [])))
+    return {k: names[k] for k in (annotations(names) if typed is None else typed) if k in names}
 
 # %% ../../nbs/train/00_config.ipynb #1fe7321a
 def parameters(
     names: dict,  # the notebook's `globals()`
-    before,  # the names that were there before the parameters cell
 ) -> dict:  # raises ValueError
     "A notebook's parameters, of the types that its parameters cell says, and none that it does not know"
-    kinds = names.get("__annotations__") or names["__annotate__"](1)  # the second since Python 3.14
-    out = {}
-    for k, v in chosen(names, before).items():
+    kinds, out = annotations(names), {}
+    for k, v in chosen(names).items():
         if k not in kinds: raise unknown(k, kinds)
         out[k] = coerce(k, v, kinds[k])
     return out

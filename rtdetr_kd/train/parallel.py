@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
@@ -75,6 +76,7 @@ def accelerator(
     AcceleratorState._reset_state(reset_partial_state=many == 1)
     scaled, plugin = dtype == torch.float16 and not cpu, shards(many)
     acc = Accelerator(cpu=cpu, mixed_precision="fp16" if scaled else "no", fsdp_plugin=plugin,
+                      gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # and no variable's
                       log_with=None if c.tracker == "none" else c.tracker, project_dir=str(folder))
     if acc.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(OTHER_WAYS.format(acc.distributed_type.value))

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import torch
 from fastcore.basics import patch
 
+from ..data.audit import contents_of
 from ..data.dataset import loader, mix, order
 from ..data.split import Split
 from ..distill.distillation import Distillation
@@ -149,7 +150,8 @@ def pilot_key(
     c, train, d = learner.c, learner.splits["train"], learner.distillation
     return dict(settings={k: v for k, v in asdict(c).items() if k not in NOT_THE_PILOTS},
                 code=code_of(parts_of(d.method, d.name)), teacher=weights_mark(d.teacher.model),
-                start=start_mark(c, train), data=[train.names, len(learner.images), digest(train.boxes)],
+                start=start_mark(c, train), names=train.names,
+                data=digest(contents_of(train), train.boxes, train.labels, train.exif),
                 steps=learner.total)
 
 # %% ../../nbs/train/05_pilot.ipynb #6b6e0aa1

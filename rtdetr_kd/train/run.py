@@ -24,7 +24,8 @@ from ..data.boxes import draw
 from ..data.dataset import summary
 from ..data.images import open_image
 from ..data.split import Split, ground_truth, part
-from ..files import commit_now, cpu_name, gpu_name, plainly
+from ..files import any_letter, commit_now, cpu_name, gpu_name, plainly
+from ..data.finding import LOWEST_SCORE
 from ..model.detector import RTDETR
 from ..model.evaluate import coco_ap, evaluate, predict
 from ..model.weights import load_model
@@ -157,8 +158,7 @@ def finish(self: Learner) -> dict:  # the content of metrics.json
     best = load_model(self.folder / "best.safetensors").to(self.device)
     figures, found = self.judged(best, "val")
     self.acc.log({f"val_{k}": v for k, v in figures.items() if v is not None}, self.step)
-    short = [f | dict(bbox=[round(x, 2) for x in f["bbox"]], score=round(f["score"], 5)) for f in found]
-    self.store.write("predictions.json", short, indent=None)
+    self.store.write("predictions.json", found, indent=None)  # every digit: they give this AP again
     metrics = self.metrics(figures, best)
     self.store.write("metrics.json", metrics)
     self.acc.end_training()
@@ -220,8 +220,9 @@ def train(
     c: Config,  # the settings
 ) -> dict:  # the content of metrics.json
     "Run an experiment, or read its result if it has ended before; of several processes the first one speaks"
-    first = not int(os.environ.get("RANK", 0))
-    with open(os.devnull, "w") as nowhere, nullcontext() if first else redirect_stdout(nowhere): return experiment(c)
+    any_letter()
+    first, nowhere = not int(os.environ.get("RANK", 0)), open(os.devnull, "w", encoding="utf-8")
+    with nowhere, nullcontext() if first else redirect_stdout(nowhere): return experiment(c)
 
 # %% ../../nbs/train/07_run.ipynb #055ff96a
 def read_log(
@@ -278,7 +279,7 @@ def beside_truth(
     model: RTDETR,  # whose detections are shown
     split: Split,  # whose images
     rows=range(4),  # of the split
-    threshold: float = .4,  # the lowest score that is shown
+    threshold: float = LOWEST_SCORE,  # the lowest score that is shown
 ):  # the figure
     "Detections beside the truth"
     rows = [k for k in rows if k < len(split)]

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.augment import augmentation
-from ..data.dataset import Images, load_data, mix, order
+from ..data.dataset import Images, load_data, mix, order, reading_of
 from ..data.split import Split
 from ..distill.distillation import Distillation, Lesson, as_fractions, map_shapes
 from ..distill.teacher import masses
@@ -144,7 +144,7 @@ class Learner:
         distil=Distillation,  # the class that brings teacher and student together
     ):
         self.c, self.folder = c, run_folder(c)
-        self.splits = splits or load_data(c.data, c.coco_subset, c.strict, c.exif)
+        self.splits = splits or load_data(c.data, c.coco_subset, c.strict, **reading_of(vars(c)))
         self.acc, self.dtype = accelerator(c, self.folder)
         self.device, self.ranks, self.rank = self.acc.device, self.acc.num_processes, self.acc.process_index
         train, many = self.splits["train"], self.ranks > 1
