@@ -126,7 +126,8 @@ def test_one_lowest_score():
     "Whoever names no threshold gets the same one everywhere"
     import inspect, re
 
-    from rtdetr_kd.data.finding import LOWEST_SCORE, RTDETR
+    from rtdetr_kd.data.finding import LOWEST_SCORE
+    from rtdetr_kd.model.detector import RTDETR
     from rtdetr_kd.serve.app import create_app
     from rtdetr_kd.serve.main import arguments
     from rtdetr_kd.train.run import beside_truth
