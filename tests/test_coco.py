@@ -17,9 +17,10 @@ def archive(files: dict) -> bytes:
     return buf.getvalue()
 
 
-def jpeg() -> bytes:
+def jpeg(split: str, k: int) -> bytes:
+    "A picture of its own"
     buf = io.BytesIO()
-    Image.new("RGB", (64, 48), "gray").save(buf, "JPEG")
+    Image.new("RGB", (64, 48), (4 * k, 90, 40 * len(split))).save(buf, "JPEG")
     return buf.getvalue()
 
 
@@ -40,13 +41,13 @@ def annotations(split: str, n: int) -> str:
 def server():
     "Serves the three archives, cutting every answer after 3 kB and refusing every fifth request"
     files = {
-        "/zips/train2017.zip": archive({f"train2017/{k:012}.jpg": jpeg() for k in range(60)}),
-        "/zips/val2017.zip": archive({f"val2017/{k:012}.jpg": jpeg() for k in range(6)}),
+        "/zips/train2017.zip": archive({f"train2017/{k:012}.jpg": jpeg("train", k) for k in range(60)}),
+        "/zips/val2017.zip": archive({f"val2017/{k:012}.jpg": jpeg("val", k) for k in range(6)}),
         "/annotations/annotations_trainval2017.zip": archive(
             {f"annotations/instances_{s}2017.json": annotations(s, n) for s, n in (("train", 60), ("val", 6))}
         ),
     }
-    files |= {f"/{s}2017/{k:012}.jpg": jpeg() for s, n in (("train", 60), ("val", 6)) for k in range(n)}
+    files |= {f"/{s}2017/{k:012}.jpg": jpeg(s, k) for s, n in (("train", 60), ("val", 6)) for k in range(n)}
     seen = [0]
 
     class Handler(http.server.BaseHTTPRequestHandler):

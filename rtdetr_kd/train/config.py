@@ -56,7 +56,7 @@ class Config:
     freeze_norm: bool = False  # the backbone's batch norms stay as loaded; the default of r50m, r50 and r101
     ema: float = .9999  # decay of the average of the weights
     lam: str = "auto"  # λ, weight of distillation: a number; auto: measured for a share of rho; adaptive: kept there
-    scales: str = ""  # with a number as lam, of the parts of a sum: query=3.7,cwd=30.7; empty: measured
+    scales: str = ""  # with a number as lam, of the parts of a sum, each with its name; empty: measured
     rho: float = .2  # the share of the gradient at the encoder that distillation shall have
     kd_until: float = 1.  # share of training in which distillation takes part; after it nobody asks the teacher
     kd_every: int = 1  # distillation takes part in every so many steps
