@@ -8,7 +8,7 @@ __all__ = ['SAVES', 'NEW_FOLDER', 'NO_SUCH_SPLIT', 'USE_NOTEBOOK', 'SAME_OBJECTS
            'export_verb', 'bench_verb', 'download_verb', 'study_verb', 'parser_of', 'list_verbs', 'run_verb', 'main']
 
 # %% ../nbs/command.ipynb #268ecf68
-import json, sys
+import sys
 from collections import Counter
 from importlib import import_module
 from pathlib import Path

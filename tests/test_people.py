@@ -1,6 +1,6 @@
 "What people expect of a detector: every source, every form, every verb's help, as they type them"
 
-import argparse, io, json, os, re, subprocess, sys
+import argparse, io, json, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -165,3 +165,22 @@ def test_the_command_is_the_module(tmp_path):
 def test_a_fault_is_a_sentence_and_an_exit_code(tmp_path):
     r = run_command("evaluate", "no.onnx", "toy", cwd=tmp_path)
     assert r.returncode == 1 and r.stderr.startswith("Stopped: no.onnx") and "Traceback" not in r.stderr
+
+
+def test_the_server_cuts_where_the_weights_say(tmp_path):
+    testing = pytest.importorskip("fastapi.testclient")
+    from rtdetr_kd.deploy.judge import keep_thresholds
+    from rtdetr_kd.serve import create_app
+
+    mine = shutil.copy(TOY, tmp_path / "mine.safetensors")
+    keep_thresholds(mine, dict(two=0.99), 0.2)
+    with testing.TestClient(create_app(open_model(mine))) as client:
+        photo = dict(content=(ROOT / "figures/scene.jpg").read_bytes(), headers={"content-type": "image/jpeg"})
+        for _ in range(100):
+            if client.get("/readyz").status_code == 200:
+                break
+            time.sleep(0.1)
+        found = client.post("/detect", **photo).json()["detections"]
+        every = client.post("/detect", params=dict(threshold=0.2), **photo).json()["detections"]
+    assert {d["name"] for d in every} - {d["name"] for d in found} == {"two"}
+    assert [d for d in every if d["name"] != "two"] == found

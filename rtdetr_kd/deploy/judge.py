@@ -22,7 +22,7 @@ from .verify import detections
 from ..files import write_whole
 from ..model.detector import RTDETR
 from ..model.evaluate import predict
-from ..model.evaluation import Evaluation, evaluation
+from ..model.evaluation import evaluation
 from ..model.weights import EXPORTED, load_model
 
 # %% ../../nbs/deploy/11_judge.ipynb #1bcd0eaf

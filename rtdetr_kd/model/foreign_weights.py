@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COCO_NAMES', 'COCO_IDS', 'DERIVED', 'NO_FILE', 'PAGE_NOT_WEIGHTS', 'HAS_CODE', 'NOT_WHOLE', 'NO_WEIGHTS', 'PLACES',
            'FROM_HF', 'TO_HF', 'NO_RTDETR', 'RELEASES', 'OFFICIAL', 'OFFICIAL_AP', 'NOT_ON_HUB', 'ONE_VALUE',
-           'OTHER_NETWORK', 'NO_SIZE', 'OTHER_IMAGES', 'HUB_NAMES', 'IDS', 'NOT_IN_HF', 'LAYER', 'read_tensors',
-           'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf', 'to_hf_name', 'to_hf',
-           'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_object', 'read_config',
-           'same_network', 'reach', 'read_side', 'our_names', 'read_folder', 'hf_config', 'answering',
-           'save_huggingface']
+           'OTHER_NETWORK', 'NO_SIZE', 'OTHER_IMAGES', 'HUB_NAMES', 'IDS', 'NOT_IN_HF', 'LAYER', 'HUB_CARD',
+           'read_tensors', 'with_counters', 'official_names', 'open_pth', 'read_pth', 'from_hf_name', 'from_hf',
+           'to_hf_name', 'to_hf', 'children_of', 'depth_of', 'infer_spec', 'official_file', 'hub_folder', 'read_object',
+           'read_config', 'same_network', 'reach', 'read_side', 'our_names', 'read_folder', 'hf_config', 'answering',
+           'hub_card', 'save_huggingface']
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #edbc01f0
 import json, re
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import rtdetr_kd
 from ..data.download import fetch
 from ..files import cache_dir, write_json, write_whole
 from .backbone import DEPTHS, Basic, Bottleneck
@@ -427,10 +428,40 @@ def answering(
     in_use = lambda k: not (m := LAYER.match(k)) or int(m[1]) < n
     return {k: v for k, v in model.state_dict().items() if in_use(k)}, replace(model.spec, layers=n, answer=-1)
 
+# %% ../../nbs/model/07_foreign_weights.ipynb #4b0dca02
+HUB_CARD = """---
+library_name: transformers
+pipeline_tag: object-detection
+tags: [object-detection, rt_detr, knowledge-distillation, rtdetr_kd]
+---
+
+# {name}
+
+An RT-DETR detector of {classes} classes, for pictures of {side} × {side} pixels, written by rtdetr_kd {version}:
+{names}.
+
+```python
+from transformers import pipeline
+pipeline("object-detection", "<owner>/{name}")("photo.jpg", threshold=0.5)
+```
+
+Pictures are squeezed to the square and scaled to 0…1; there is no other normalisation.
+
+To be filled in by its owner: what it was trained and evaluated on, its figures (`rtdetr-kd evaluate`), its licence.
+"""
+
+def hub_card(
+    spec: Spec,  # of the model
+    name: str,  # of the folder
+) -> str:
+    "The README.md of a folder for the Hugging Face Hub"
+    return HUB_CARD.format(name=name, classes=len(spec.names), side=spec.image_size, version=rtdetr_kd.__version__,
+                           names=", ".join(spec.names))
+
 # %% ../../nbs/model/07_foreign_weights.ipynb #07ce545f
 def save_huggingface(
     model: RTDETR,  # raises ValueError where transformers has no such network
-    folder,  # gets config.json, model.safetensors and preprocessor_config.json
+    folder,  # gets config.json, model.safetensors, preprocessor_config.json and README.md
 ):
     "A student for people who use transformers: `RTDetrForObjectDetection.from_pretrained(folder)`"
     own, spec = answering(model)
@@ -442,3 +473,4 @@ def save_huggingface(
     write_json(folder / "preprocessor_config.json", dict(
         image_processor_type="RTDetrImageProcessor", do_resize=True, size=dict(height=side, width=side),
         do_rescale=True, rescale_factor=1 / 255, do_normalize=False), indent=None)
+    write_whole(folder / "README.md", lambda p: p.write_text(hub_card(spec, folder.name), encoding="utf-8"))
