@@ -174,7 +174,8 @@ class BoxKD(Method):
         label, true, w = (torch.cat([f[k] for f in found]) for k in ("labels", "boxes", "scores"))
         l, i, q, o = self.match(s.logits, s.boxes, found)
         b, w = s.boxes[l, i, q].float(), w[o]  # (k,4), (k,)
-        n = len(s.logits) * (w.new_tensor(1.).maximum(self.weight(teacher, s.logits.shape[2])) if mass is None else mass)
+        if mass is None: mass = self.weight(teacher, s.logits.shape[2]).clamp(min=1)
+        n = len(s.logits) * mass
         apart = 5 * (b - true[o]).abs().sum(-1) + 2 * (1 - giou(to_xyxy(b), to_xyxy(true[o])))
         said = F.binary_cross_entropy_with_logits(s.logits[l, i, q, label[o]].float(), w, reduction="none")
         return dict(kd_boxes=(w * apart).sum() / n, kd_labels=(w * said).sum() / n)
