@@ -89,7 +89,8 @@ def main(out: Path, rounds: int):
         extra = {k: v / step for k, v in before[name].items()}
         rows[name] = dict(step=ratio, **extra, equal={k: math.ceil(n * ratio + sum(extra.values()))
                                                       for k, n in LENGTHS.items()})
-        print(f"{name:18} step {ratio:.2f}  " + "  ".join(f"{k} {v:.0f}" for k, v in extra.items()), rows[name]["equal"])
+        told = "  ".join(f"{k} {v:.0f}" for k, v in extra.items())
+        print(f"{name:18} step {ratio:.2f}  {told}", rows[name]["equal"])
     write_json(out, dict(unit="steps of none", seconds_of_a_step=step, rounds=rounds, machine=machine(1), arms=rows))
 
 

@@ -25,7 +25,8 @@ def papermill(*words, **env):
     "words, says",
     [
         ("-p metod query", ["no setting 'metod'", "did you mean 'method'"]),
-        ("-p method qury", ["method='qury'", "none, logit, boxes, feature, cwd, pkd, mgd, query", "did you mean 'query'"]),
+        ("-p method qury",
+         ["method='qury'", "none, logit, boxes, feature, cwd, pkd, mgd, query", "did you mean 'query'"]),
         ("-p epochs abc", ["epochs='abc'", "a whole number"]),
         ("-p data no/such/folder", ["data='no/such/folder'", "no such folder", "'toy', 'coco' or a folder"]),
     ],

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 stops = lambda report: report.faults()[report.faults().done == "stop"].what.tolist()
 
 
-# --- boxes: each way of writing, in each format ----------------------------------------------------------------
+# --- boxes: each way of writing, in each format ----------------------------------------------------
 
 OWN = dict(coco=("xywh", "pixels"), yolo=("cxcywh", "fractions"), voc=("xyxy", "pixels"))
 WAYS = [(l, u) for l in LAYOUTS for u in UNITS]
@@ -163,7 +163,7 @@ def test_a_box_without_end_is_no_image(tmp_path):
     assert len(s.boxes) == 2 and s.notes == {"box outside its image: dropped": 1}
 
 
-# --- drops -------------------------------------------------------------------------------------------------------
+# --- drops -----------------------------------------------------------------------------------------
 
 SOUND = [ann(k, box=(k % 8 * 10, k // 8 * 10, 8, 8)) for k in range(20)]
 LOSSES = dict(
@@ -200,7 +200,7 @@ def test_few_losses_are_an_accident_and_none_may_be_asked(tmp_path):
         check(f, limits="flt=1")
 
 
-# --- the same object twice ----------------------------------------------------------------------------------------
+# --- the same object twice -------------------------------------------------------------------------
 
 
 def test_one_object_under_two_ids_is_one(tmp_path):
@@ -230,7 +230,7 @@ def test_one_yolo_line_twice_is_one(tmp_path):
     assert len(s.boxes) == 12 and s.notes["object listed twice: counted once: repaired"] == 6
 
 
-# --- label files ---------------------------------------------------------------------------------------------------
+# --- label files -----------------------------------------------------------------------------------
 
 
 def test_label_files_that_are_missing(tmp_path):
@@ -241,12 +241,14 @@ def test_label_files_that_are_missing(tmp_path):
     assert report.ok and report.splits["train"].notes[f"{says}: look"] == 1
     for k in range(10):
         (f / f"labels/train/{k}.txt").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="image without a label file.*50% of 20 are more than the limit unlabelled=0.1"):
+    said = "image without a label file.*50% of 20 are more than the limit unlabelled=0.1"
+    with pytest.raises(ValueError, match=said):
         load_data(str(f))
     assert len(load_data(str(f), limits="unlabelled=.5")["val"]) == 20
     (f / "data.yaml").write_text((f / "data.yaml").read_text() + "skip_if_label_file_missing: true\n")
     s = read_split(f, "train")
-    assert len(s) == 10 and s.notes["image without a label file: left out, as skip_if_label_file_missing says: dropped"] == 10
+    note = "image without a label file: left out, as skip_if_label_file_missing says: dropped"
+    assert len(s) == 10 and s.notes[note] == 10
 
 
 def test_label_files_without_an_image_and_for_two(tmp_path):
@@ -262,7 +264,7 @@ def test_label_files_without_an_image_and_for_two(tmp_path):
     assert len(read_split(f, "train", how=Reading(limits="shared=1"))) == 21
 
 
-# --- paths of other machines ----------------------------------------------------------------------------------------
+# --- paths of other machines -----------------------------------------------------------------------
 
 
 def test_lists_of_another_machine(tmp_path):
@@ -292,7 +294,7 @@ def test_a_size_that_cannot_be_is_an_error_and_no_ratio(tmp_path):
     assert read_split(g, "train").sizes.tolist() == [[80, 100]] * 2
 
 
-# --- a yaml by name --------------------------------------------------------------------------------------------------
+# --- a yaml by name --------------------------------------------------------------------------------
 
 
 def test_the_yaml_that_was_named_is_read(tmp_path):
@@ -318,7 +320,7 @@ def test_the_yaml_that_was_named_is_read(tmp_path):
         configure(data=str(f / "fold3.yaml"))
 
 
-# --- turned photographs ------------------------------------------------------------------------------------------------
+# --- turned photographs ----------------------------------------------------------------------------
 
 
 def turned(f, note, name, size=(100, 80), box=(60, 50, 30, 20)):
@@ -370,7 +372,7 @@ def test_yolo_takes_photographs_as_stored_if_told_so(tmp_path):
     assert any("no size tells" in k for k in load_data(str(f))["train"].notes)
 
 
-# --- 16 bits -------------------------------------------------------------------------------------------------------------
+# --- 16 bits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("times, bits", [(16, 12), (1, 8), (257, 16)])
@@ -389,7 +391,7 @@ def test_greys_of_fewer_bits_than_their_file(tmp_path, times, bits):
     assert int(seen.max()) == peaks[0]
 
 
-# --- COCO's objects --------------------------------------------------------------------------------------------------------
+# --- COCO's objects --------------------------------------------------------------------------------
 
 
 def bare(i, **more):
@@ -449,7 +451,7 @@ def test_key_points_are_no_outlines(tmp_path, points, seen):
         assert np.allclose(s.boxes, np.array(right)[order] * [100, 80, 100, 80], atol=0.01)
 
 
-# --- ids ----------------------------------------------------------------------------------------------------------------------
+# --- ids -------------------------------------------------------------------------------------------
 
 ODD_IDS = ["/m/01yrx", 2.5, 2**70, -3]
 
@@ -497,7 +499,7 @@ def test_long_image_ids_stay_whole(tmp_path, ids):
     assert coco_ap(ground_truth(s), found)["AP"] == pytest.approx(1)
 
 
-# --- select ---------------------------------------------------------------------------------------------------------------------
+# --- select ----------------------------------------------------------------------------------------
 
 
 def few_positives(tmp_path, n=200, positive=5):
@@ -535,7 +537,8 @@ def test_equal_images_stay_on_one_side(tmp_path):
 
 def test_a_blind_draw_that_was_sound_stays():
     images = [dict(id=k, file_name=f"{k}.png", width=9, height=9) for k in range(205)]
-    s = pack_split("train", ".", images, [(k, 1, 1, 5, 5, k % 3, 0, 16) for k in range(205)], [(1, "a"), (2, "b"), (3, "c")])
+    rows = [(k, 1, 1, 5, 5, k % 3, 0, 16) for k in range(205)]
+    s = pack_split("train", ".", images, rows, [(1, "a"), (2, "b"), (3, "c")])
     train, select = carve(s)
     assert select.ids.tolist() == sorted(np.random.default_rng(0).permutation(205)[:20].tolist())
 
@@ -548,7 +551,7 @@ def test_val_that_is_train_is_refused(tmp_path):
     assert len(load_data(str(f), limits="overlap=1")["val"]) == 12
 
 
-# --- out of the folder --------------------------------------------------------------------------------------------------------------
+# --- out of the folder -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../../../x.png", "{tmp}/x.png", "a/../../../../x.png"])
@@ -588,7 +591,7 @@ def test_a_list_of_images_outside(tmp_path):
     assert len(read_split(f, "train").boxes) == 6
 
 
-# --- caches -------------------------------------------------------------------------------------------------------------------------
+# --- caches ----------------------------------------------------------------------------------------
 
 
 def test_the_kept_answers_are_those_of_the_content(tmp_path):
