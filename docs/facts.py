@@ -239,14 +239,14 @@ def memory(most=128):
     from dataclasses import replace
     from rtdetr_kd.files import write_json
     from rtdetr_kd.train.config import configure
-    from rtdetr_kd.train.memory import itemised, rehearsal
+    from rtdetr_kd.train.memory import itemised, rehearsal, worst
 
     rows = []
     for name, given in PAIRS.items():
         for stages, word in CHECKPOINTS.items():
-            with rehearsal(replace(configure(**given), checkpoint=stages)) as peak:
+            with rehearsal(replace(configure(**given), checkpoint=stages)) as phases:
                 need = {
-                    b: itemised(peak(b))["total"] for b in (1, 2, 4, 8, 16, 32, 64, 128)
+                    b: itemised(worst(phases(b)))["total"] for b in (1, 2, 4, 8, 16, 32, 64, 128)
                 }  # it grows in proportion: between two, interpolate
                 fits = [largest(need, 0.97 * 1024 * c, most) for c in CARDS]
             rows.append(dict(pair=name, checkpoint=word, batch=fits, need={k: round(v) for k, v in need.items()}))

@@ -66,6 +66,7 @@ def doors(
 
 # %% ../nbs/names.ipynb #525f0e6f
 SHORT = {  # rtdetr_kd.<short name>: rtdetr_kd.<where the code lives>, and further modules whose names it offers too
+    "accept": "deploy.accept",
     "config": "train.config",
     "download": "data.download",
     "evaluate": "model.evaluate",

@@ -42,6 +42,7 @@ def settings(data, runs, **kw):
             epochs=2,
             eval_every=1,
             warmup=2,
+            keep_state=True,
             runs=str(runs),
             workers=0,
             device="cpu",

@@ -9,7 +9,7 @@ import torch
 from rtdetr_kd.train.config import FREE, configure
 from rtdetr_kd.distill.teacher import Teacher
 from rtdetr_kd.model.losses import detection_losses
-from rtdetr_kd.train.memory import ALLOWANCE, itemised, predict, rehearsal, which_batch
+from rtdetr_kd.train.memory import ALLOWANCE, itemised, predict, rehearsal, which_batch, worst
 from rtdetr_kd.model.detector import RTDETR, Spec
 from rtdetr_kd.model.sizes import SIZES, STAGES
 
@@ -20,7 +20,7 @@ SMALL = configure(
     teacher="random:toy",
     method="query",
     image_size=64,
-    batch=2,
+    batch=24,
     precision="float16",
     kd_points=30,
 )
@@ -97,7 +97,7 @@ def test_the_bill_adds_up(plain):
 
 @pytest.fixture(scope="module")
 def alone():
-    return predict(replace(SMALL, method="none", batch=6), 5, 3)
+    return predict(replace(SMALL, method="none"), 5, 3)
 
 
 def test_a_teacher_costs_its_weights(plain, alone):
@@ -109,18 +109,32 @@ def test_a_teacher_costs_its_weights(plain, alone):
     "more, sign", [(dict(image_size=96), 1), (dict(precision="float32"), 1), (dict(checkpoint="all"), -1)]
 )
 def test_monotone(alone, more, sign):
-    assert sign * predict(replace(SMALL, method="none", batch=6, **more), 5, 3)["total"] > sign * alone["total"]
+    assert sign * predict(replace(SMALL, method="none", **more), 5, 3)["total"] > sign * alone["total"]
 
 
 def test_batches():
     "Activations grow with the batch, the rest does not; and the largest that fits is the largest that fits"
     c = replace(SMALL, method="none")
-    with rehearsal(c, 5, 3) as peak:
-        need = {b: peak(b) for b in (1, 2, 3)}
+    with rehearsal(c, 5, 3) as phases:
+        found = {b: phases(b) for b in (16, 20, 24)}
+    need = {b: v["step"] for b, v in found.items()}
     totals = [itemised(v)["total"] for v in need.values()]
-    assert totals == sorted(totals)
-    assert all(need[1][k] == need[3][k] for k in ("weights", "average", "optimizer"))
-    assert which_batch((totals[2] + 0.3) / 1024 / 0.97, c, 5, 3, most=4) == 3
+    assert totals == sorted(totals) and totals[0] < totals[2]
+    assert all(need[16][k] == need[24][k] for k in ("weights", "average", "optimizer"))
+    most = itemised(worst(found[24]))["total"]
+    assert which_batch((most + 0.3) / 1024 / 0.97, c, 5, 3, most=28) == 24
+
+
+def test_all_phases_count():
+    "What is predicted is the largest of step, λ, evaluation and gate; a λ that is given is not measured"
+    c = replace(SMALL, batch=2, lam="auto")
+    with rehearsal(c, 5, 3) as phases:
+        found = phases(2)
+    assert set(found) == {"step", "evaluation", "gate", "λ"}
+    assert worst(found) == max(found.values(), key=lambda v: sum(v.values()))
+    assert sum(found["λ"].values()) < sum(found["step"].values())  # nothing is kept below the maps
+    with rehearsal(replace(c, lam="1"), 5, 3) as phases:
+        assert "λ" not in phases(2)
 
 
 def test_the_shipped_teacher_and_a_file_of_ones_own(tmp_path):
@@ -170,8 +184,8 @@ def test_a_rehearsal_leaves_the_package_as_it_was():
 
     names = (copy, "deepcopy"), (losses, "match"), (logits, "match_queries"), (backbone, "statistics_kept")
     before = [getattr(m, n) for m, n in names]
-    with rehearsal(replace(SMALL, method="none"), 5, 3) as peak:
-        peak(1)
+    with rehearsal(replace(SMALL, method="none"), 5, 3) as phases:
+        phases(1)
         assert [getattr(m, n) for m, n in names] == before
 
 

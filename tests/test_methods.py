@@ -167,6 +167,7 @@ def settings(tiny, teachers, tmp_path, **kw):
         workers=0,
         runs=str(tmp_path),
     )
+    usual |= dict(keep_state=True)
     return configure(**usual | kw)
 
 

@@ -25,6 +25,7 @@ def config(tiny, tmp_path, **kw):
             name="run",
             runs=str(tmp_path),
             workers=0,
+            keep_state=True,
         )
         | kw
     )

@@ -274,7 +274,8 @@ def loader(
     data: Images,  # the samples
     batches: list,  # from `order` or `in_order`
     workers: int = 0,  # processes
+    pin: bool | None = None,  # for a card that reads batches by itself; None: if there is one
 ) -> DataLoader:
     "Batches in the given order; the number of workers changes the speed and nothing else"
     return Batches(data, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                   pin_memory=torch.cuda.is_available())
+                   pin_memory=torch.cuda.is_available() if pin is None else pin)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..data.dataset import Images
+from ..data.device import sent
 from .cache import cached_answers
 from .mixtures import parts_of
 from .teacher import Method, Teacher, lots_of, only, random_questions, same_cell, slim, surest
@@ -54,8 +55,8 @@ def on_device(
     "Every tensor of an answer on that device, in place"
     s = answer.signals
     for k, v in vars(s).items():
-        if isinstance(v, Tensor): setattr(s, k, v.to(device))
-    if s.memory: s.memory = [m.to(device) for m in s.memory]
+        if isinstance(v, Tensor): setattr(s, k, sent(v, device))
+    if s.memory: s.memory = [sent(m, device) for m in s.memory]
     answer.logits, answer.boxes = s.logits[-1], s.boxes[-1]
     return answer
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIRINGS', 'LOOKS', 'by_index', 'by_hungarian', 'beside', 'by_questions', 'quality_focal', 'box_distance', 'moments',
-           'attention_distance', 'QueryKD']
+           'attention_distance', 'QueryKD', 'layers_of', 'focal_of_layers']
 
 # %% ../../nbs/distill/04_queries.ipynb #3894c8c8
 from dataclasses import replace
@@ -167,6 +167,24 @@ def weight(self: QueryKD,
     asked = ([teacher.signals] if self.own else []) + ([teacher.shared] if teacher.shared is not None else [])
     return foreground(torch.cat([s.logits[-1] for s in asked], 1)).sum()
 
+# %% ../../nbs/distill/04_queries.ipynb #q12lay02
+def layers_of(
+    s: Signals,  # (l,b,q,...)
+    rows: tuple,  # numbers of layers
+) -> Signals:  # of these layers, in this order
+    "Some layers' signals, stacked"
+    of = lambda x: x if rows == tuple(range(len(x))) else torch.stack([x[k] for k in rows])
+    return replace(s, **{k: of(getattr(s, k)) for k in PER_LAYER if getattr(s, k) is not None})
+
+# %% ../../nbs/distill/04_queries.ipynb #q25foc02
+def focal_of_layers(
+    s: Tensor,  # (l,b,k,c) student's logits
+    t: Tensor,  # (l,b,k,c) teacher's logits
+) -> Tensor:  # (l,b,k) in sum over classes
+    "`quality_focal` of each layer"
+    if s.device.type == "cuda": return quality_focal(s, t).sum(-1)
+    return torch.stack([quality_focal(a, b).sum(-1) for a, b in zip(s, t)])
+
 # %% ../../nbs/distill/04_queries.ipynb #0c8ff282
 @patch
 def forward(self: QueryKD,
@@ -176,19 +194,17 @@ def forward(self: QueryKD,
     progress: float = 0.,  # not used
     mass: Tensor | None = None,  # share · Σw of a whole batch, of which this is a part
 ) -> dict:  # named terms, unweighted
-    "The terms kd_score, kd_box, kd_query and kd_attention"
+    "The terms kd_score, kd_box, kd_query and kd_attention: all pairs of layers at once"
     s, t = self.pair(student, teacher, self.same_classes)
     w = foreground(t.logits[-1])  # (b,k)
     if mass is None: mass = self.alone(w, student, teacher)
-    mean = lambda x: (w * x).sum() / mass
-    look = lambda v, k: (v.sampling_points[k], v.sampling_weights[k])
-    terms = dict(kd_score=[], kd_box=[], kd_query=[], kd_attention=[])
-    for (i, j), adapt in zip(self.pairs, self.adapters):
-        if self.compare_scores: terms["kd_score"].append(mean(quality_focal(s.logits[i], t.logits[j]).sum(-1)))
-        terms["kd_box"].append(mean(box_distance(s.boxes[i], t.boxes[j])))
-        alike = F.cosine_similarity(adapt(s.queries[i].float()), t.queries[j].float(), dim=-1)
-        terms["kd_query"].append(self.embedding * mean(1 - alike))
-        if self.looks:
-            apart = self.look_apart(look(s, i), look(t, j), t.boxes[j].float())
-            terms["kd_attention"].append(self.attention * mean(apart))
-    return {k: torch.stack(v).mean() for k, v in terms.items() if v}
+    s, t = (layers_of(v, n) for v, n in zip((s, t), zip(*self.pairs)))
+    mean = lambda x: torch.stack([v.sum() for v in w * x]) / mass  # (l,b,k) -> (l,)
+    look = lambda v: (v.sampling_points, v.sampling_weights)
+    mine = torch.stack([adapt(q.float()) for adapt, q in zip(self.adapters, s.queries)])  # (l,b,k,d)
+    terms = {}
+    if self.compare_scores: terms["kd_score"] = mean(focal_of_layers(s.logits, t.logits))
+    terms["kd_box"] = mean(box_distance(s.boxes, t.boxes))
+    terms["kd_query"] = self.embedding * mean(1 - F.cosine_similarity(mine, t.queries.float(), dim=-1))
+    if self.looks: terms["kd_attention"] = self.attention * mean(self.look_apart(look(s), look(t), t.boxes.float()))
+    return {k: v.mean() for k, v in terms.items()}

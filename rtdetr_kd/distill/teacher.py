@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PER_LAYER', 'NO_SIGNAL', 'OTHER_CLASSES', 'NO_SCORES', 'UNKNOWN_CLASSES', 'WEAK_TEACHER', 'Teacher', 'foreground',
-           'take', 'surest', 'place_of', 'drawn', 'random_questions', 'same_cell', 'layer_pairs', 'Method', 'lots_of',
-           'masses', 'check_signals', 'read_by', 'slim', 'same_names', 'told_classes', 'columns_by_name',
-           'check_classes', 'only', 'teacher_ap', 'check_teacher', 'held_memory', 'price']
+           'take', 'surest', 'levels', 'place_of', 'drawn', 'random_questions', 'nearest_levels', 'same_cell',
+           'layer_pairs', 'Method', 'lots_of', 'masses', 'check_signals', 'read_by', 'slim', 'same_names',
+           'told_classes', 'columns_by_name', 'check_classes', 'numbers_of', 'only', 'teacher_ap', 'check_teacher',
+           'held_memory', 'price']
 
 # %% ../../nbs/distill/01_teacher.ipynb #a85f6737
 import time
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.dataset import mix
+from ..data.device import constant, sent
 from ..data.audit import contents_of
 from ..data.split import Split
 from ..data.split import part as part_of
@@ -97,13 +99,19 @@ def surest(
     return replace(out, logits=pick(out.logits, rows), boxes=pick(out.boxes, rows), signals=take(out.signals, rows))
 
 # %% ../../nbs/distill/01_teacher.ipynb #20251108
+def levels(
+    shapes: tuple,  # (h,w) of the levels, finest first
+) -> tuple:  # (h,w) (levels,2), first cells of the levels and the number of all (levels+1,)
+    "Where each level lies in the row of cells"
+    hw = torch.tensor(shapes)
+    return hw, torch.cat([hw.new_zeros(1), hw.prod(1).cumsum(0)])
+
 def place_of(
     cells: Tensor,  # (...) numbers in the row of cells
     shapes: tuple,  # (h,w) of the levels, finest first
 ) -> tuple:  # level, row, column, each (...), and (h,w) of the levels as a tensor (levels,2)
     "Where a cell lies"
-    hw = torch.tensor(shapes).to(cells)
-    start = torch.cat([hw.new_zeros(1), hw.prod(1).cumsum(0)])
+    hw, start = constant(levels, shapes, like=cells)
     level = torch.bucketize(cells, start[1:], right=True)
     at, w = cells - start[level], hw[level, 1]
     return level, at // w, at % w, hw
@@ -136,9 +144,16 @@ def random_questions(
     x, y = drawn((k,), of(1)), drawn((k,), of(2))
     centre = torch.stack([(column + x) / w, (row + y) / h], -1)
     size = (.05 * 2.**level)[..., None] * 2**(2 * drawn((k, 2), of(3)) - 1)
-    return cells.to(device), torch.cat([centre, size.clamp(max=1)], -1).to(device)
+    return sent(cells, device), sent(torch.cat([centre, size.clamp(max=1)], -1), device)
 
 # %% ../../nbs/distill/01_teacher.ipynb #8ed44bfb
+def nearest_levels(
+    theirs: tuple,  # (h,w) of the teacher's levels, finest first
+    ours: tuple,  # of the student's
+) -> Tensor:  # (levels,) of the student, for each of the teacher's
+    "The level with the same number of rows, or the nearest there is"
+    return torch.tensor([min(range(len(ours)), key=lambda j: abs(ours[j][0] - h)) for h, _ in theirs])
+
 def same_cell(
     cells: Tensor,  # (b,k) numbers in the teacher's row of cells
     theirs: tuple,  # (h,w) of the teacher's levels, finest first
@@ -147,9 +162,8 @@ def same_cell(
     "The student's cell at the same place: of the level with the same number of rows, or of the nearest there is"
     if theirs == ours: return cells
     level, row, column, hw = place_of(cells, theirs)
-    near = torch.tensor([min(range(len(ours)), key=lambda j: abs(ours[j][0] - h)) for h, _ in theirs]).to(cells)[level]
-    (ht, wt), (hs, ws) = hw[level].unbind(-1), torch.tensor(ours).to(cells)[near].unbind(-1)
-    start = torch.tensor([0, *(h * w for h, w in ours)]).cumsum(0).to(cells)
+    near, (sides, start) = constant(nearest_levels, theirs, ours, like=cells)[level], constant(levels, ours, like=cells)
+    (ht, wt), (hs, ws) = hw[level].unbind(-1), sides[near].unbind(-1)
     row, column = (row + .5) / ht * hs, (column + .5) / wt * ws
     return start[near] + row.long() * ws + column.long()
 
@@ -296,13 +310,20 @@ def check_classes(
     print(NO_SCORES.format(name, told_classes(theirs, ours)), flush=True)
 
 # %% ../../nbs/distill/01_teacher.ipynb #c25a8840
+def numbers_of(
+    columns: tuple,  # whole numbers
+) -> Tensor:  # (n,)
+    "An index, made once"
+    return torch.tensor(columns)
+
 def only(
     out: Output,  # with scores of all classes
     columns: list,  # of the scores
 ) -> Output:
     "The output with some classes' scores, in the given order"
-    cut = lambda s: None if s is None else replace(s, logits=s.logits[..., columns])
-    return replace(out, logits=out.logits[..., columns], signals=cut(out.signals), shared=cut(out.shared))
+    at = constant(numbers_of, tuple(columns), like=out.logits)
+    cut = lambda s: None if s is None else replace(s, logits=s.logits[..., at])
+    return replace(out, logits=out.logits[..., at], signals=cut(out.signals), shared=cut(out.shared))
 
 # %% ../../nbs/distill/01_teacher.ipynb #e47ccafb
 def teacher_ap(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logit', 'MLP', 'cell_boxes', 'anchors', 'Queries', 'DecoderLayer', 'Layers', 'Decoder', 'flatten', 'pick', 'select',
-           'pad_targets', 'noisy', 'flip_labels', 'denoising', 'group_mask', 'shared_queries', 'join', 'refine',
-           'gather', 'decode']
+           'pad_targets', 'noisy', 'flip_labels', 'denoising', 'group_mask', 'walls', 'shared_queries', 'join',
+           'refine', 'gather', 'decode']
 
 # %% ../../nbs/model/04_decoder.ipynb #e6f99fdb
 import math
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from .attention import DeformableAttention, DenseAttention
 from .backbone import lean
+from .encoder import attend
+from ..data.device import constant, sizes, together
 from ..data.boxes import to_cxcywh, to_xyxy
 
 # %% ../../nbs/model/04_decoder.ipynb #3f5e163a
@@ -61,12 +63,11 @@ def cell_boxes(
 # %% ../../nbs/model/04_decoder.ipynb #63900beb
 def anchors(
     shapes: tuple,  # (h,w) of each level, finest first
-    device: torch.device = torch.device("cpu"),  # of the result
 ) -> tuple:  # logits of cxcywh (1,n,4), valid (1,n,1)
     "A box for every cell of every level, 0.05 of the image at the finest and twice that at each next"
     a = torch.cat([cell_boxes(h, w, .05 * 2**l) for l, (h, w) in enumerate(shapes)])[None]
     ok = ((a > .01) & (a < .99)).all(-1, keepdim=True)
-    return torch.log(a / (1 - a)).masked_fill(~ok, 1e4).to(device), ok.to(device)
+    return torch.log(a / (1 - a)).masked_fill(~ok, 1e4), ok
 
 # %% ../../nbs/model/04_decoder.ipynb #6b6edf17
 @dataclass
@@ -109,7 +110,7 @@ class DecoderLayer(nn.Module):
         look: bool = False,  # with dense attention: also return where it looked
     ) -> tuple:  # (b,q,d), points, weights
         q = x + pos
-        x = self.norm1(x + self.self_attn(q, q, x, attn_mask=mask, need_weights=False)[0])
+        x = self.norm1(x + attend(self.self_attn, q, x, mask))
         seen, points, weights = self.cross_attn(x + pos, ref, memory, shapes, look)
         x = self.norm2(x + seen)
         return self.norm3(x + self.linear2(F.relu(self.linear1(x)))), points, weights
@@ -183,7 +184,7 @@ def select(
     shapes: tuple,  # (h,w) of each level
 ) -> tuple:  # the detection queries, the encoder's output (b,n,d)
     "Top-k query selection: the cells with the highest scores become the queries"
-    base, ok = anchors(shapes, memory.device)
+    base, ok = constant(anchors, shapes, like=memory)
     out = dec.enc_output(memory * ok)  # (b,n,d)
     scores = dec.enc_score_head(out)  # (b,n,c)
     index = scores.max(-1).values.topk(min(dec.queries, scores.shape[1]), 1).indices  # (b,q)
@@ -198,16 +199,17 @@ def select(
 def pad_targets(
     targets: list,  # dicts of labels (n,) and boxes (n,4)
     fill: int,  # label of the padding
+    most: int | None = None,  # boxes of an image, from the first one on; None: all
 ) -> tuple:  # labels (b,m), boxes (b,m,4), real (b,m)
     "Targets of a batch as rectangles of numbers; at least one column, so that no boxes is no special case"
-    m, b, dev = max(1, *(len(t["labels"]) for t in targets)), len(targets), targets[0]["boxes"].device
-    labels = torch.full((b, m), fill, device=dev)
-    boxes = torch.zeros(b, m, 4, device=dev)
-    real = torch.zeros(b, m, dtype=torch.bool, device=dev)
-    for k, t in enumerate(targets):
-        n = len(t["labels"])
-        labels[k, :n], boxes[k, :n], real[k, :n] = t["labels"], t["boxes"], True
-    return labels, boxes, real
+    row, ns = together(targets), sizes(targets)
+    m = max(1, min(max(ns), most or max(ns)))
+    column = constant(torch.arange, m, like=row.counts)
+    real = column < row.counts[:, None]  # (b,m)
+    if not any(ns): return torch.full_like(real, fill, dtype=torch.long), real.new_zeros(*real.shape, 4).float(), real
+    start = row.counts.cumsum(0) - row.counts
+    at = (start[:, None] + column).clamp(max=sum(ns) - 1)  # (b,m) in the row of all boxes
+    return torch.where(real, row.labels[at], fill), torch.where(real[..., None], row.boxes[at], 0.), real
 
 # %% ../../nbs/model/04_decoder.ipynb #c48bd94e
 def noisy(
@@ -241,9 +243,9 @@ def denoising(
 ) -> tuple:  # Queries, positive (b,groups*2*m), groups
     "Contrastive denoising queries (DINO): spoiled true boxes to be put right, or recognised as too far off"
     if not dec.denoising: return None, None, 0
-    labels, boxes, real = pad_targets(targets, dec.classes)
+    labels, boxes, real = pad_targets(targets, dec.classes, dec.denoising)
     m = labels.shape[1]
-    g = max(dec.denoising // m, 1) if real.any() else 1
+    g = dec.denoising // m if any(sizes(targets)) else 1
     b, n, shape = len(targets), g * 2 * m, (len(targets), g, 2, m)
     labels, real = labels[:, None, None].expand(shape), real[:, None, None].expand(shape)
     labels = flip_labels(labels, real, dec.classes, label_noise * .5)
@@ -259,14 +261,20 @@ def group_mask(
     size: int,  # queries in each
     q: int,  # detection queries
     k: int = 0,  # shared queries
-    device=None,  # of the result
 ) -> Tensor:  # (n,n), True where looking is forbidden
     "Every group sees itself, denoising groups the detection queries too; nobody else sees denoising or shared"
     dn = torch.arange(groups).repeat_interleave(size)
     part = torch.cat([dn, torch.full((q,), groups), torch.full((k,), groups + 1)])
     mask = part[:, None] != part[None]
     mask[:groups * size, groups * size:groups * size + q] = False
-    return mask.to(device)
+    return mask
+
+def walls(
+    *sizes: int,  # as in `group_mask`
+) -> Tensor:  # (n,n) minus infinity where looking is forbidden, 0 elsewhere
+    "The mask as a card's attention takes it: a number to be added"
+    mask = group_mask(*sizes)
+    return torch.zeros(mask.shape).masked_fill(mask, -math.inf)
 
 # %% ../../nbs/model/04_decoder.ipynb #74579564
 def shared_queries(
@@ -298,16 +306,17 @@ def refine(
     look: bool = False,  # with dense attention: also points and weights
 ) -> dict:  # lists, an entry a layer: logits (b,q,c), boxes (b,q,4), queries (b,q,d), refs, points, weights
     "Layer by layer: ask, answer, correct the box, ask again from there"
-    x, ref, before = q.content, q.ref.sigmoid(), q.ref.sigmoid()
+    x = q.content
+    ref = before = q.ref.sigmoid()
     out = {k: [] for k in ("logits", "boxes", "queries", "refs", "points", "weights")}
     kind = dec.query_pos_head.layers[0].weight.dtype  # boxes are float32, whatever the weights are
     for k, layer in enumerate(dec.decoder.layers):
         x, points, weights = lean(layer, x, dec.query_pos_head(ref.to(kind)), ref, memory, shapes, q.mask, look)
-        Δ = dec.dec_bbox_head[k](x).float()
-        box = (Δ + logit(ref)).sigmoid()
+        Δ, start = dec.dec_bbox_head[k](x).float(), logit(before)
+        box = (Δ + start.detach()).sigmoid()
         if every_layer or k == len(dec.decoder.layers) - 1:
             out["logits"].append(dec.dec_score_head[k](x))
-            out["boxes"].append(box if k == 0 else (Δ + logit(before)).sigmoid())  # look forward twice
+            out["boxes"].append((Δ + start).sigmoid() if start.requires_grad else box)  # look forward twice
         seen = dict(queries=x, refs=ref, points=points, weights=weights)
         for name, v in seen.items(): out[name].append(v)
         before, ref = box, box.detach()
@@ -327,7 +336,7 @@ def gather(
     sh = shared_queries(enc, points) if points is not None else None
     if dn is None and sh is None: return join([dn, det, sh], None), positive, g
     n_dn, n, n_sh = (0 if x is None else x.content.shape[1] for x in (dn, det, sh))
-    mask = group_mask(g, n_dn // max(g, 1), n, n_sh, memory.device)
+    mask = constant(walls if memory.device.type == "cuda" else group_mask, g, n_dn // max(g, 1), n, n_sh, like=memory)
     return join([dn, det, sh], mask), positive, g
 
 # %% ../../nbs/model/04_decoder.ipynb #b4e71adb

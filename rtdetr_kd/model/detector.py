@@ -79,15 +79,14 @@ class Output:
 
 # %% ../../nbs/model/05_detector.ipynb #01cf5f7f
 def signals(
-    r: dict,  # what `refine` returned: lists with an entry a layer
-    a: int,  # the first query
-    z: int,  # the one after the last
+    r: dict,  # what `refine` returned, each layer's entry cut into the groups of queries
+    group: int,  # 0: denoising, 1: detection, 2: shared
     maps: list,  # (b,d,h,w) each, from the encoder
     index: Tensor | None,  # (b,q) the cells that were chosen
     shapes: tuple,  # (h,w) of each level
 ) -> Signals:
-    "The queries `a:z` of what the decoder layers did"
-    part = lambda k: torch.stack([v[:, a:z] for v in r[k]]) if r[k][0] is not None else None
+    "A group of queries of what the decoder layers did"
+    part = lambda k: torch.stack([v[group] for v in r[k]]) if r[k][0] is not None else None
     return Signals(maps, part("queries"), part("refs"), part("logits"), part("boxes"), index, shapes,
                    part("points"), part("weights"))
 
@@ -104,12 +103,12 @@ def pack_output(
 ) -> Output:
     "What the layers did, sorted into the groups of queries"
     n_dn, n, n_sh = q.parts
-    layers = list(zip(r["logits"], r["boxes"]))
-    det = [(s[:, n_dn:n_dn + n], b[:, n_dn:n_dn + n]) for s, b in layers]
-    dn = [(s[:, :n_dn], b[:, :n_dn]) for s, b in layers] if n_dn else []
+    r = {k: [v if v is None else v.split(q.parts, 1) for v in vs] for k, vs in r.items()}
+    of = lambda group: [(s[group], b[group]) for s, b in zip(r["logits"], r["boxes"])]
+    det, dn = of(1), of(0) if n_dn else []
     return Output(*det[answer], det[:answer], (q.logits, q.boxes), dn, positive, groups,
-                  signals(r, n_dn, n_dn + n, maps, q.index, shapes) if capture else None,
-                  signals(r, n_dn + n, n_dn + n + n_sh, maps, None, shapes) if n_sh else None)
+                  signals(r, 1, maps, q.index, shapes) if capture else None,
+                  signals(r, 2, maps, None, shapes) if n_sh else None)
 
 # %% ../../nbs/model/05_detector.ipynb #f5a1b004
 def in_rows_back(

@@ -24,7 +24,9 @@ def fold(
 ) -> nn.Conv2d:  # with a bias
     "A convolution and its batch norm (in evaluation mode) as one convolution"
     k = norm.weight / (norm.running_var + norm.eps).sqrt()  # (c_out,)
-    out, shift = deepcopy(conv), -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    out = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+                    conv.groups, padding_mode=conv.padding_mode, device="meta").train(conv.training)
     out.weight = nn.Parameter(conv.weight * k.view(-1, 1, 1, 1))
     out.bias = nn.Parameter(norm.bias + k * shift)
     return out

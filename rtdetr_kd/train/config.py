@@ -94,6 +94,7 @@ class Config:
     name: str = ""  # of the run's folder; empty: after the settings
     runs: str = ""  # where run folders lie; empty: the project's runs/
     resume: bool = True  # go on where an interrupted run of this name stopped
+    keep_state: bool = False  # keep the state to resume from also once the run has ended (two states of 3 to 700 MB)
 
 # %% ../../nbs/train/00_config.ipynb #9bf158f3
 TYPED = ("method", "data", "seed")  # these show their default in the notebook; the others follow from the data
@@ -119,7 +120,7 @@ FINE_TUNING = dict(lr=1e-4, backbone_lr=.1, clip=.1)  # when the backbone has le
 
 # %% ../../nbs/train/00_config.ipynb #012283bb
 FREE = ("name", "runs", "resume", "workers", "device", "save_minutes", "strict", "checkpoint", "tracker",
-        "limits", "outside")
+        "limits", "outside", "keep_state")
 
 # %% ../../nbs/train/00_config.ipynb #adfca510
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}

@@ -67,7 +67,8 @@ def updates(self: Learner,
     done: int = 0,  # updates of this epoch that an earlier attempt has made
 ):  # yields the micro-batches of an update: images (b,3,h,w) uint8, targets
     "What is left of the running epoch, update by update"
-    parts = iter(loader(self.images, self.own_parts(self.batches(self.epoch)[done:]), self.workers()))
+    keys, pin = self.own_parts(self.batches(self.epoch)[done:]), self.device.type == "cuda"
+    parts = iter(loader(self.images, keys, self.workers(), pin))
     yield from zip(*[parts] * self.c.accumulate)
 
 # %% ../../nbs/train/04_epoch.ipynb #87b06533

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOAT32', 'ALLOWANCE', 'GAPS', 'predict', 'AT_ONCE', 'Held', 'Plausible', 'some_pairs', 'some_partners',
-           'GpuAutocast', 'recomputed_on_gpu', 'placeholder_names', 'teacher_spec', 'Rehearsal', 'rehearsal',
+           'GpuAutocast', 'recomputed_on_gpu', 'placeholder_names', 'teacher_spec', 'Rehearsal', 'rehearsal', 'worst',
            'itemised', 'predict_memory', 'which_batch', 'status', 'growth', 'resident', 'on_gpu']
 
 # %% ../../nbs/train/08_memory.ipynb #9a47db51
@@ -22,17 +22,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..data.device import on_card
 from ..distill.distillation import Distillation, as_fractions
 from ..distill.logits import match_queries
 from ..distill.mixtures import make_method
+from ..distill.strength import gram
 from ..distill.teacher import Teacher
 from ..model.backbone import statistics_kept
-from ..model.detector import RTDETR, Spec
+from ..model.detector import RTDETR, Spec, top_detections
 from ..model.losses import match
 from ..model.sizes import SIZES
 from ..model.weights import read_weights
 from .config import Config, configure
-from .recipe import EMA, build_model, frozen_norms, method_options, optimiser, shipped_teacher
+from .pilot import from_maps
+from .recipe import EMA, build_model, folded, frozen_norms, method_options, optimiser, shipped_teacher
 from .step import Trained
 
 # %% ../../nbs/train/08_memory.ipynb #1856842d
@@ -217,14 +220,24 @@ def watch(self: Rehearsal):
 
 # %% ../../nbs/train/08_memory.ipynb #e2822495
 @patch
+def build_teacher(self: Rehearsal,
+    precision: torch.dtype,  # of its forward pass
+) -> Teacher:
+    "In full precision for the gate, then as light as it may be; with kept answers it does not stay on the card"
+    with self.of("teacher"): teacher = Teacher(self.placed(RTDETR(self.spec)))
+    if self.held: self.gate = self.phase(lambda: self.evaluate(teacher.model, torch.float32))
+    if self.held and self.c.cache == "disk":
+        with self.of("elsewhere"): teacher = Teacher(self.placed(RTDETR(self.spec)))
+    with self.of("elsewhere" if self.c.cache == "disk" else "teacher"):
+        if self.held or self.device.type == "cuda": folded(teacher)
+        return teacher if precision == torch.float32 else teacher.lighten(precision)
+
+@patch
 def build_distillation(self: Rehearsal) -> Distillation:
     "As in the learner, without looking at data"
     c = self.c
     precision = self.dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
-    with self.of("elsewhere" if c.cache == "disk" else "teacher"):
-        teacher = Teacher(self.placed(RTDETR(self.spec)))
-        if precision != torch.float32: teacher.lighten(precision)
-    options = method_options(c, some_partners if self.held else match_queries)
+    teacher, options = self.build_teacher(precision), method_options(c, some_partners if self.held else match_queries)
     with self.of("weights"):
         method = self.placed(make_method(c.method, self.model, teacher.model, options, c.stage_shape))
     return Distillation(teacher, method, c.method, self.model, None, c.kd_points, c.shuffle_teacher, precision)
@@ -246,6 +259,14 @@ def draw(self: Rehearsal,
 
 # %% ../../nbs/train/08_memory.ipynb #c0870a0f
 @patch
+def on_device(self: Rehearsal,
+    images: Tensor,  # (b,3,h,w) uint8
+    targets: list,  # b dicts
+) -> tuple:  # images (b,3,h,w) in 0..1, targets
+    "A batch where the networks are"
+    with self.of("batch"): return as_fractions(images, self.device), on_card(targets, self.device)
+
+@patch
 def update(self: Rehearsal,
     images: Tensor,  # (b,3,h,w) uint8
     targets: list,  # b dicts
@@ -253,15 +274,48 @@ def update(self: Rehearsal,
     "A training step"
     self.trained.train()
     if self.c.freeze_norm: frozen_norms(self.model)
-    with self.of("batch"):
-        images = as_fractions(images, self.device)
-        targets = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
-    loss = sum(self.trained(images, targets).values())
+    loss = sum(self.trained(*self.on_device(images, targets)).values())
     self.opt.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)  # loss.backward() would leave our function mode
     nn.utils.clip_grad_norm_(self.trained.parameters(), .1)
     with self.of("optimizer"): self.opt.step()
     with self.of("average"): self.ema.update(self.model)
+
+# %% ../../nbs/train/08_memory.ipynb #m8phase2
+@patch
+def measure(self: Rehearsal,
+    images: Tensor,  # (b,3,h,w) uint8
+    targets: list,  # b dicts
+):
+    "What λ follows from: the gradient of each term at the maps"
+    self.trained.train()
+    self.opt.zero_grad(set_to_none=True)
+    with from_maps(self.model): gram(*self.trained.raw_losses(*self.on_device(images, targets)))
+
+# %% ../../nbs/train/08_memory.ipynb #m8phase3
+@patch
+@torch.no_grad()
+def evaluate(self: Rehearsal,
+    model: RTDETR,  # that is judged
+    dtype: torch.dtype,  # of its forward pass
+    batch: int = 16,  # images at a time
+):
+    "Detections in a batch"
+    side = model.spec.image_size
+    with self.of("batch"): x = torch.zeros(batch, 3, side, side, device=self.device)
+    with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        out = model.eval()(x)
+        top_detections(out.logits, out.boxes)
+
+# %% ../../nbs/train/08_memory.ipynb #m8phase5
+@patch
+def phase(self: Rehearsal,
+    run,  # () -> None
+) -> dict:  # bytes at the peak, by kind
+    "The most that is alive while something runs"
+    self.held.most = 0
+    run()
+    return self.held.peak
 
 # %% ../../nbs/train/08_memory.ipynb #413b07f0
 @contextmanager
@@ -269,20 +323,29 @@ def rehearsal(
     c: Config,  # the settings
     classes: int = 80,  # that are told apart
     boxes: int = 8,  # objects in each image
-):  # batch -> bytes at the peak, by kind
-    "A training step on fake tensors, with all that makes it go through"
+):  # batch -> {phase: {kind: bytes at the peak}}
+    "All phases of a run on fake tensors, with all that makes them go through"
     held, teacher = Held(), teacher_spec(c, placeholder_names(classes))  # a file is read before tensors are fake
     with ExitStack() as s:
         for mode in (FakeTensorMode(), GpuAutocast(), held, Plausible()): s.enter_context(mode)
         r = Rehearsal(c, classes, boxes, held=held, teacher=teacher)
         r.update(*r.draw(2))
-        def peak(batch: int) -> dict:
+        def phases(batch: int) -> dict:
             if r.distillation: r.distillation.answers = None
             with r.of("batch"): drawn = r.draw(batch)
-            held.most = 0
-            r.update(*drawn)
-            return held.peak
-        yield peak
+            found = dict(step=r.phase(lambda: r.update(*drawn)))
+            found["evaluation"] = r.phase(lambda: r.evaluate(r.ema.model, r.dtype))
+            if r.distillation: found["gate"] = r.gate
+            if r.distillation and c.lam in ("auto", "adaptive"): found["λ"] = r.phase(lambda: r.measure(*drawn))
+            return found
+        yield phases
+
+# %% ../../nbs/train/08_memory.ipynb #m8worst1
+def worst(
+    phases: dict,  # {phase: {kind: bytes}}
+) -> dict:  # bytes by kind
+    "The phase that needs most"
+    return max(phases.values(), key=lambda v: sum(v.values()))
 
 # %% ../../nbs/train/08_memory.ipynb #01a618cb
 ALLOWANCE = dict(context=400, workspaces=256)  # MiB
@@ -304,8 +367,8 @@ def predict_memory(
     boxes: int = 8,  # objects in each image
     card: bool = True,  # with what a graphics card takes besides tensors
 ) -> dict:  # MiB at the peak by kind, and in total
-    "What a training step needs"
-    with rehearsal(c, classes, boxes) as peak: return itemised(peak(-(-c.batch // c.accumulate)), card)
+    "What a run needs, in the phase that needs most"
+    with rehearsal(c, classes, boxes) as phases: return itemised(worst(phases(-(-c.batch // c.accumulate))), card)
 
 predict = predict_memory  # its short name in rtdetr_kd.memory
 
@@ -318,8 +381,8 @@ def which_batch(
     most: int = 256,  # no larger batch is looked for
 ) -> int:  # 0 if not even one image fits
     "The largest batch that a card can train"
-    with rehearsal(c, classes, boxes) as peak:
-        fits = lambda b: itemised(peak(b))["total"] <= .97 * 1024 * card_gib
+    with rehearsal(c, classes, boxes) as phases:
+        fits = lambda b: itemised(worst(phases(b)))["total"] <= .97 * 1024 * card_gib
         low, high = 0, 1
         while high <= most and fits(high): low, high = high, 2 * high
         high = min(high, most + 1)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NOT_USABLE', 'FIT_IMAGES', 'build_model', 'try_out', 'shipped_teacher', 'teacher_model', 'first_images',
-           'inherited_source', 'begin_as_part', 'method_options', 'compared_columns', 'about_teacher',
-           'build_distillation', 'param_groups', 'optimiser', 'lr_factor', 'EMA', 'frozen_norms']
+           'inherited_source', 'begin_as_part', 'method_options', 'compared_columns', 'about_teacher', 'folded',
+           'build_distillation', 'param_groups', 'optimiser', 'lr_factor', 'EMA', 'frozen_norms', 'counted_together']
 
 # %% ../../nbs/train/02_recipe.ipynb #7960a570
 import copy, math
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ..distill.mixtures import make_method, parts_of
 from ..distill.teacher import Method, Teacher, check_classes, check_signals, check_teacher
 from ..files import embedded, root
 from ..model.detector import RTDETR, Spec
+from ..model.folding import fold_all
 from ..model.sizes import SIZES
 from ..model.foreign_weights import OFFICIAL_AP
 from ..model.weights import init_from, load_model, weights_mark
@@ -152,6 +154,15 @@ def about_teacher(
     print(f"teacher {name}: {said}", flush=True)
     return dict(source=name, fingerprint=weights_mark(teacher.model), select_AP=ap)
 
+# %% ../../nbs/train/02_recipe.ipynb #r2fold02
+@torch.no_grad()
+def folded(
+    teacher: Teacher,  # changed in place
+) -> Teacher:  # itself
+    "Norms become part of the convolutions before them"
+    fold_all(teacher.model.eval()).requires_grad_(False)
+    return teacher
+
 # %% ../../nbs/train/02_recipe.ipynb #6465ae78
 def build_distillation(
     c: Config,  # settings of distillation
@@ -169,6 +180,7 @@ def build_distillation(
     columns, side = compared_columns(c, method, teacher.model, student), teacher.model.spec.image_size
     check_signals(method, teacher(torch.zeros(1, 3, side, side, device=device), look=method.looks), c.method)
     about = about_teacher(c, source, teacher, method, splits["select"])
+    if device.type == "cuda": folded(teacher)
     precision = dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
     if precision != torch.float32: teacher.lighten(precision)
     lam = 0. if c.lam in ("auto", "adaptive") else float(c.lam)  # measured before training
@@ -236,13 +248,28 @@ class EMA:
         ours, theirs = self.model.state_dict(), gathered(model.state_dict())
         real = [k for k, v in ours.items() if v.is_floating_point()]
         torch._foreach_lerp_([ours[k] for k in real], [theirs[k] for k in real], 1 - d)
-        for k in ours.keys() - set(real): ours[k].copy_(theirs[k])
+        whole = [k for k, v in ours.items() if not v.is_floating_point()]
+        if whole: torch._foreach_copy_([ours[k] for k in whole], [theirs[k] for k in whole])
 
 # %% ../../nbs/train/02_recipe.ipynb #39e2bd4f
 def frozen_norms(
     model: RTDETR,  # changed in place
 ) -> list:  # the norms
     "The backbone's batch norms, told to stay as they are; `.train()` wakes them, so the loop calls this after it"
-    norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m in norms: m.eval().requires_grad_(False)
     return norms
+
+# %% ../../nbs/train/02_recipe.ipynb #r2count2
+@contextmanager
+def counted_together(
+    model: nn.Module,  # that sees a batch
+):
+    "The norms' counters rest meanwhile, and all go on by one afterwards"
+    norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d and m.training]
+    counters = [m.num_batches_tracked for m in norms]
+    for m in norms: m._buffers["num_batches_tracked"] = None
+    try: yield
+    finally:
+        for m, n in zip(norms, counters): m._buffers["num_batches_tracked"] = n
+        if counters: torch._foreach_add_(counters, 1)

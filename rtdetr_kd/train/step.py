@@ -7,7 +7,7 @@ __all__ = ['ONE_CELL', 'TOO_FEW', 'NO_IMAGE_LEFT', 'FEW_CELLS', 'FEW_QUERIES', '
            'check_room', 'tell_of_room', 'build_student', 'Learner', 'grouped']
 
 # %% ../../nbs/train/03_step.ipynb #87b241cc
-import time
+import math, time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.augment import augmentation
+from ..data.device import on_card
 from ..data.dataset import Images, load_data, mix, order, reading_of
 from ..data.split import Split
 from ..distill.distillation import Distillation, Lesson, as_fractions, map_shapes
@@ -28,9 +29,10 @@ from ..model.detector import RTDETR
 from ..model.losses import detection_losses, match
 from ..model.sizes import SIZES
 from .config import Config, run_folder
-from .parallel import accelerator, enough_memory, plain_layout, share_norms, touched
-from .recipe import (EMA, begin_as_part, build_distillation, build_model, frozen_norms, lr_factor,
-                                    optimiser, try_out)
+from .parallel import (accelerator, enough_memory, gathered, plain_layout, quick_kernels, share_norms,
+                                      touched)
+from .recipe import (EMA, begin_as_part, build_distillation, build_model, counted_together, frozen_norms,
+                                    lr_factor, optimiser, try_out)
 
 # %% ../../nbs/train/03_step.ipynb #a6147681
 class Trained(nn.Module):
@@ -59,7 +61,8 @@ def look(self: Trained,
     "Both networks on a batch"
     d = self.distillation if teach else None
     asked = lesson or (d.ask(images, targets, epoch) if d else None)
-    with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+    counted = counted_together(self.model) if images.device.type == "cuda" else nullcontext()
+    with counted, torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
         if d is None: return self.model(images, targets), None
         out = self.model(images, targets, capture=True, points=asked.questions, look=d.method.looks)
     return out, asked.answer
@@ -131,7 +134,7 @@ def build_student(
     tell_of_room(c, model.backbone.strides, int(np.diff(train.start).max()))
     if c.size not in SIZES: try_out(model, c)
     if c.inherit: print(begin_as_part(model, c, train), flush=True)
-    if many and c.sync_norm: share_norms(model)
+    if many and c.sync_norm: share_norms(model, device.type == "cuda")
     if c.freeze_norm: frozen_norms(model)
     return model
 
@@ -147,6 +150,7 @@ class Learner:
         self.splits = splits or load_data(c.data, c.coco_subset, c.strict, **reading_of(vars(c)))
         self.acc, self.dtype = accelerator(c, self.folder)
         self.device, self.ranks, self.rank = self.acc.device, self.acc.num_processes, self.acc.process_index
+        if self.device.type == "cuda" and self.dtype != torch.float32: quick_kernels(c)
         train, many = self.splits["train"], self.ranks > 1
         check_room(c, self.ranks, len(train))
         begun = time.time()
@@ -196,9 +200,8 @@ def on_device(self: Learner,
     targets: list,  # b dicts
 ) -> tuple:  # images (b,3,h,w) in 0..1, targets
     "A batch where the networks are; what is drawn by lot for an image follows from seed, step and image"
-    moved = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
-    for t in moved: t |= dict(lot=(self.c.seed, self.step, t["row"])) if "row" in t else {}
-    return as_fractions(images, self.device), moved
+    told = [t | (dict(lot=(self.c.seed, self.step, t["row"])) if "row" in t else {}) for t in targets]
+    return as_fractions(images, self.device), on_card(told, self.device)
 
 # %% ../../nbs/train/03_step.ipynb #b3a1d892
 @patch
@@ -235,7 +238,8 @@ def part_backward(self: Learner,
     part = k * self.ranks + self.rank
     torch.manual_seed(mix(self.c.seed, 1, self.step, *([part] if part else [])))
     terms = self.losses(*self.on_device(images, targets), boxes, len(targets) / n, *known)
-    self.acc.backward(sum(terms.values()) * self.ranks)  # the gradients are averaged over the processes
+    loss = torch.stack([*terms.values()]).sum()
+    self.acc.backward(loss * self.ranks)  # the gradients are averaged over the processes
     return {k: v.detach() for k, v in terms.items()}
 
 # %% ../../nbs/train/03_step.ipynb #b7e4f019
@@ -266,7 +270,7 @@ def backward(self: Learner,
         exchange = self.cut or k == len(parts) - 1
         with nullcontext() if exchange else self.acc.no_sync(self.together), enough_memory(self.c):
             for name, v in self.part_backward(k, images, targets, boxes, n, known[k]).items():
-                terms[name] = terms.get(name, 0.) + v
+                terms[name] = terms[name] + v if name in terms else v
     return terms
 
 # %% ../../nbs/train/03_step.ipynb #be61c15e
@@ -294,9 +298,10 @@ def judge(self: Learner,
 ) -> dict:  # of all processes; raises FloatingPointError
     "The terms of all processes in sum; an infinite loss stops the run before the weights are touched"
     if self.ranks > 1: terms = dict(zip(terms, self.acc.reduce(torch.stack([*terms.values()]), "sum")))
-    loss, bad = sum(terms.values()), ", ".join(k for k, v in terms.items() if not v.isfinite())
+    loss = torch.stack([*terms.values()]).sum()
     if self.step == 0 and self.teaches(): self.tell_of_ratio(terms)
     if not loss.isfinite():
+        bad = ", ".join(k for k, v in terms.items() if not v.isfinite())
         raise FloatingPointError(NOT_FINITE.format(loss=loss.item(), step=self.step, terms=bad, lr=self.c.lr))
     if self.skipped > 100 and self.skipped > self.step / 2:
         raise FloatingPointError(OVERFLOWS.format(skipped=self.skipped, step=self.step))
@@ -344,15 +349,20 @@ def train_mode(self: Learner):
 
 # %% ../../nbs/train/03_step.ipynb #6898ab47
 @patch
-def clip(self: Learner):
+def clip(self: Learner) -> bool:  # whether the gradients overflow, so that the scaler leaves this update out
     "Gradients whose norm is at most `clip`"
-    if self.c.clip: self.acc.clip_grad_norm_(self.trained.parameters(), self.c.clip)
+    scaled = self.acc.scaler is not None
+    if not self.c.clip and not scaled: return False
+    norm = self.acc.clip_grad_norm_(self.trained.parameters(), self.c.clip or math.inf)
+    return scaled and not gathered(norm).isfinite()
 
 # %% ../../nbs/train/03_step.ipynb #6a11337b
 @patch
-def average(self: Learner):
+def average(self: Learner,
+    skipped: bool = False,  # whether this update was left out
+):
     "The moving average, one update on; an update that was left out counts as none"
-    if self.acc.optimizer_step_was_skipped: self.skipped += 1
+    if skipped: self.skipped += 1
     else: self.ema.update(self.model)
     self.step += 1
 
@@ -366,9 +376,9 @@ def one_step(self: Learner,
     self.train_mode()
     self.opt.zero_grad(set_to_none=True)
     with self.bad_step_told(parts): terms = self.judge(self.backward(parts))
-    self.clip()
+    overflows = self.clip()
     self.opt.step()
-    self.average()
+    self.average(overflows)
     return terms
 
 # %% ../../nbs/train/03_step.ipynb #2c91c139
