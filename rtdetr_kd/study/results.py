@@ -102,7 +102,8 @@ def memory_block(
         f"A canonical R18 student (300 queries, three levels) distilled from R50 at 640 px in half precision "
         f"fits a 4 GB card with batch {most['nothing']}, and with batch {most['all']} where activations are "
         f"computed again "
-        "(predicted without a card; the predictor agrees with measured peaks on a CPU).")
+        "(predicted without a card, the largest of a step, the measurement of λ, evaluation and the teacher's check; "
+        "the predictor agrees with measured peaks on a CPU).")
 
 # %% ../../nbs/study/11_results.ipynb #099b1948
 SPEED = (
