@@ -37,7 +37,8 @@ def why_not():
 def headers():
     "Folders with cuda_runtime_api.h, and with what that includes"
     found = [*SITE.glob("nvidia/*/include/cuda_runtime_api.h")]
-    inner = [f for folder in ("nvidia/*", "triton/backends/nvidia") for f in SITE.glob(f"{folder}/include/crt/host_defines.h")]
+    folders = ("nvidia/*", "triton/backends/nvidia")
+    inner = [f for folder in folders for f in SITE.glob(f"{folder}/include/crt/host_defines.h")]
     return [found[0].parent, inner[0].parents[1]] if found and inner else []
 
 
@@ -96,7 +97,7 @@ def seen(stub):
     str(v) for n, v in few()[k].items() if n not in (*SMALL, "teacher_names")))
 def test_every_method_and_every_variant(seen, k):
     case, r = seen[k]
-    in_order(r, case["precision"], of_parts(case), 1.7 * MOST_KERNELS)  # a small R18 has as many kernels; parts, twice
+    in_order(r, case["precision"], of_parts(case), 1.8 * MOST_KERNELS)  # a small R18 has as many; parts, twice
 
 
 @pytest.mark.slow

@@ -309,13 +309,11 @@ def test_resumed_schedule_and_average_go_on(tiny, tmp_path):
 
 
 def test_an_overflowing_update_moves_neither_schedule_nor_average(tiny, tmp_path, monkeypatch):
-    from accelerate import Accelerator
-
     l = Learner(config(tiny, tmp_path, warmup=100))
     batch = torch.zeros(8, 3, 64, 64, dtype=torch.uint8), [l.images[k][1] for k in range(8)]
     rates = []
     for skipped in (True, True, True, False, False):
-        monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: skipped))
+        monkeypatch.setattr(Learner, "clip", lambda self: skipped)  # what finds an overflow is in test_card
         l.one_step([batch])
         rates.append(l.opt.param_groups[0]["lr"])
     assert (l.step, l.skipped, l.ema.n) == (5, 3, 2) and len({*rates[:4]}) == 1 and rates[4] > rates[3]

@@ -16,7 +16,7 @@ def sent(
     device: torch.device,  # where it is needed
 ) -> Tensor:  # there
     "A copy that the host does not wait for"
-    if device.type == x.device.type: return x
+    if device.type != "cuda" or x.is_cuda: return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 # %% ../../nbs/data/11_device.ipynb #d11a0010

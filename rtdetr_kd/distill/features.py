@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..data.device import sent
 from .teacher import Method, drawn, foreground, layer_pairs, lots_of
 from .logits import confidence, match_queries, normaliser, partners
 from ..model.detector import RTDETR, Output
@@ -251,7 +252,7 @@ def random_mask(
 ) -> Tensor:  # (b,1,h,w) 1: visible, 0: hidden
     "Which places stay visible: an image's own lot decides, or the generator"
     shape = (1, *x.shape[-2:])
-    u = torch.rand(len(x), *shape, device=x.device) if lots is None else drawn(shape, lots).to(x.device)
+    u = torch.rand(len(x), *shape, device=x.device) if lots is None else sent(drawn(shape, lots), x.device)
     return (u >= ratio).to(x.dtype)
 
 # %% ../../nbs/distill/03_features.ipynb #714c1395

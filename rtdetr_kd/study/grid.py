@@ -252,7 +252,8 @@ def settings_of(
     grid: dict,  # name: settings
 ) -> dict:  # parameters of nbs/train.ipynb
     "A configuration's settings in a study: the study's, yours, its own"
-    base = {k: v for k, v in study["settings"].items() if k != "teacher" or grid[name]["method"] != "none"}
+    asks = grid[name]["method"] != "none" or grid[name].get("inherit") == "teacher"
+    base = {k: v for k, v in study["settings"].items() if k != "teacher" or asks}
     own = dict(grid[name])
     for k in ("teacher", "inherit"):
         if own.get(k) == "untrained": own[k] = study["untrained"]
