@@ -75,7 +75,6 @@ class CachedAnswers:
         self.files = {k: np.load(self.folder / f"{k}.npy", mmap_mode="r") for k in about["arrays"]}
         starts = about.get("starts", range(0, self.n * self.views, 16))  # older folders: most were filled so
         self.batches = [range(a, z) for a, z in zip(starts, [*starts[1:], self.n * self.views])]
-        self.seconds = json.loads(p.read_text()) if (p := self.folder / "seconds.json").exists() else None
         spent = self.folder / "seconds.json"
         self.seconds = json.loads(spent.read_text()) if spent.exists() else None  # of the teacher, if known
         cut = [k for k, v in self.files.items() if len(v) != self.n * self.views]
