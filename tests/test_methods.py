@@ -238,6 +238,16 @@ def test_cached_answers_are_the_live_ones(tiny, teachers, tmp_path, monkeypatch)
             assert v.item() == pytest.approx(terms[1][k].item(), rel=5e-3, abs=1e-3), (method, k)
 
 
+def test_a_control_has_lambda_and_scales_of_its_run(tiny, teachers, tmp_path):
+    "With another teacher nothing is measured anew: the terms are weighted as in the run that is controlled"
+    kw = dict(method="query+cwd", lam=0.7, scales="query=3.7,cwd=30.7")
+    for teacher in (str(teachers / "wider.safetensors"), "random:toy_teacher"):
+        l = Learner(settings(tiny, teachers, tmp_path, **kw | dict(teacher=teacher)))
+        l.weigh()
+        assert (l.distillation.lam, l.method.scale) == (0.7, dict(query=3.7, cwd=30.7))
+        assert not (l.folder / "strength.json").exists()
+
+
 def test_an_untrained_teacher_is_a_control(tiny, tmp_path):
     l = Learner(
         configure(

@@ -398,3 +398,28 @@ def test_every_reference_is_cited_and_every_citation_has_one():
     tex, bib = (ROOT / "paper" / f for f in ("paper.tex", "refs.bib"))
     cited = {k.strip() for m in re.findall(r"\\cite[pt]?\{([^}]*)\}", tex.read_text()) for k in m.split(",")}
     assert cited == {*re.findall(r"^@\w+\{(\w+),", bib.read_text(), re.M)}
+
+
+def test_a_control_differs_in_one_thing(tmp_path):
+    "Beside what it takes from the run it controls: that run's lambda, and a sum's scales"
+    from dataclasses import asdict
+
+    from rtdetr_kd.study.grid import plan
+    from rtdetr_kd.train.config import FREE
+
+    names = "query,cwd,query+cwd,inherit,query untrained,cwd untrained,query+cwd untrained,query shuffled,cwd shuffled,"
+    names += "query+cwd shuffled,inherit untrained,inherit scrambled"
+    runs = plan("toy", names, 1, str(tmp_path))
+    for r in [r for r in runs if not r.waits and r.config in ("query", "cwd", "query+cwd")]:
+        r.folder.mkdir(parents=True)
+        found = dict(lam=0.7, strength=dict(scale=dict(query=3.7, cwd=30.7)), train_seconds=1)
+        (r.folder / "metrics.json").write_text(json.dumps(found))
+    settings = {r.config: asdict(configure(**r.settings)) for r in plan("toy", names, 1, str(tmp_path))}
+    differ = lambda a, b: {k for k in a if a[k] != b[k] and k not in FREE}
+    for name, own in settings.items():
+        method, _, kind = name.rpartition(" ")
+        if kind not in ("untrained", "shuffled", "scrambled"): continue
+        one = dict(untrained="inherit" if method == "inherit" else "teacher", shuffled="shuffle_teacher",
+                   scrambled="scramble")[kind]
+        assert differ(own, settings[method]) - {"lam", "scales"} == {one}, name
+        if method != "inherit": assert own["lam"] == "0.7" and bool(own["scales"]) == ("+" in method), name

@@ -225,7 +225,7 @@ def inputs(
 # %% ../../nbs/train/06_store.ipynb #3fefc3d1
 UNREADABLE = ("{} cannot be read, so it cannot be known what that run was: "
               "give another name=…, or delete that folder")
-PLACES = ("data", "teacher", "init")  # settings that lead to files: what these hold counts, not the way there
+PLACES = ("data", "teacher", "init", "inherit")  # they lead to files, whose content counts
 
 def same_content(
     k: str,  # a setting of `PLACES`
