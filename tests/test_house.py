@@ -81,6 +81,13 @@ def test_every_module_has_its_notebook():
         assert (ROOT / f"nbs/{notebook_of(m)}.ipynb").is_file(), f"rtdetr_kd.{m} has no notebook: git rm it"
 
 
+def test_a_room_has_each_number_once():
+    "The numbers are the order of reading: none twice, none left out"
+    for room in {f.parent for f in (ROOT / "nbs").glob("*/[0-9][0-9]_*.ipynb")}:
+        numbers = sorted(int(f.name[:2]) for f in room.glob("[0-9][0-9]_*.ipynb"))
+        assert numbers == list(range(len(numbers))), room.name
+
+
 @pytest.mark.parametrize("room", PUBLIC)
 def test_a_room_offers_what_it_lists(room):
     m = importlib.import_module(f"rtdetr_kd.{room}")
