@@ -116,9 +116,10 @@ def remembered(
     key,  # everything that the result depends on: what `digest` takes
     compute,  # () -> the result, as JSON can hold it
     fits=lambda value: True,  # a kept value that does not fit is computed again
+    base: Path | None = None,  # where it is kept; None: the user's cache folder
 ):  # the result, as JSON gives it back
     "The result for this key: of an earlier call, or computed now and kept"
-    path = cache_dir() / kind / f"{digest(key)[:24]}.json"
+    path = (base or cache_dir()) / kind / f"{digest(key)[:24]}.json"
     with lock_of(path):
         try: return in_cache(path, fits)
         except KeyError: value = compute()

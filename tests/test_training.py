@@ -10,6 +10,7 @@ from rtdetr_kd.train.config import configure
 from rtdetr_kd.learner import Learner, train
 from rtdetr_kd.model.detector import RTDETR, Spec, top_detections
 from rtdetr_kd.model.sizes import SIZES
+from rtdetr_kd.train.run import read_log
 
 
 def config(tiny, tmp_path, **kw):
@@ -70,7 +71,7 @@ def test_killed_and_resumed_is_bit_identical(tiny, tmp_path):
 
 def test_workers_change_nothing(tiny, tmp_path):
     for w in (0, 2):
-        train(config(tiny, tmp_path / str(w), epochs=1, workers=w))
+        train(config(tiny, tmp_path / str(w), epochs=2, workers=w))  # they stay from epoch to epoch
     assert equal(weights(tmp_path / "0")["trained"], weights(tmp_path / "2")["trained"])
 
 
@@ -597,3 +598,15 @@ def test_two_parts_of_a_batch_give_the_gradient_of_one(tiny, tmp_path, monkeypat
     one = gradient((0, 4))
     for cuts in (((0, 1), (1, 4)), ((0, 2), (2, 4)), ((0, 1), (1, 2), (2, 3), (3, 4))):
         assert (gradient(*cuts) - one).norm() < 1e-4 * one.norm()
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps(tiny, tmp_path):
+    "Through the compiler, with the kernels it writes here: minutes"
+    usual = dict(method="query+cwd", epochs=1, max_steps=2, teacher="random:toy", teacher_min_ap=0, rho=0.3, pilot=3)
+    logs = []
+    for compiled in (False, True):
+        train(config(tiny, tmp_path / str(compiled), compile=compiled, **usual))
+        logs.append(read_log(tmp_path / str(compiled) / "run")[0])
+    for k in ("loss", "lam", "kd_share"):
+        assert logs[1][k] == pytest.approx(logs[0][k], rel=1e-3), k

@@ -276,6 +276,7 @@ def loader(
     workers: int = 0,  # processes
     pin: bool | None = None,  # for a card that reads batches by itself; None: if there is one
 ) -> DataLoader:
-    "Batches in the given order; the number of workers changes the speed and nothing else"
+    "Batches in the given order; the number of workers changes the speed and nothing else, and they stay"
     return Batches(data, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                   persistent_workers=workers > 0,
                    pin_memory=torch.cuda.is_available() if pin is None else pin)

@@ -179,10 +179,13 @@ def raw_terms(self: Distillation,
     answer: Output,  # the teacher's
     targets: list,  # b dicts
     out: Output,  # the student's
+    mass=None,  # of `masses`, as in `terms`; None: this is the whole batch
 ) -> dict:  # part -> {name -> term}
     "What each part of the method finds, neither weighted nor scaled"
+    own = lambda p: mass[p] if isinstance(mass, dict) else mass
+    of = lambda p, m: dict(mass=own(p)) if mass is not None and m.weighs else {}
     with torch.autocast(out.logits.device.type, enabled=False):
-        return {p: m(self.heard(out), answer, targets) for p, m in parts_of(self.method, self.name).items()}
+        return {p: m(self.heard(out), answer, targets, **of(p, m)) for p, m in parts_of(self.method, self.name).items()}
 
 # %% ../../nbs/distill/08_distillation.ipynb #4ba4f023
 @patch

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from fastcore.basics import patch
+from torch.utils.data import DataLoader
 
 from ..data.dataset import loader, order, sides_around
 from .parallel import piece
@@ -62,14 +63,24 @@ def workers(self: Learner) -> int:
     return 0 if n and unguarded() else n
 
 # %% ../../nbs/train/04_epoch.ipynb #4e92ec8d
+@patch(as_prop=True)
+def feed(self: Learner) -> DataLoader:
+    "One loader for all epochs, so that its processes stay; `keys` says which images come next"
+    if "opened_feed" not in vars(self):
+        self.keys = []
+        self.opened_feed = loader(self.images, self.keys, self.workers(), self.device.type == "cuda")
+    return self.opened_feed
+
 @patch
 def updates(self: Learner,
     done: int = 0,  # updates of this epoch that an earlier attempt has made
 ):  # yields the micro-batches of an update: images (b,3,h,w) uint8, targets
     "What is left of the running epoch, update by update"
-    keys, pin = self.own_parts(self.batches(self.epoch)[done:]), self.device.type == "cuda"
-    parts = iter(loader(self.images, keys, self.workers(), pin))
+    feed = self.feed
+    self.keys[:] = self.own_parts(self.batches(self.epoch)[done:])
+    parts = iter(feed)
     yield from zip(*[parts] * self.c.accumulate)
+
 
 # %% ../../nbs/train/04_epoch.ipynb #87b06533
 def clock(

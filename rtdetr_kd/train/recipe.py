@@ -24,7 +24,7 @@ from ..distill.logits import match_queries
 from ..distill.mixtures import make_method, parts_of
 from ..distill.teacher import Method, Teacher, check_classes, check_signals, check_teacher
 from ..files import embedded, root
-from ..model.detector import RTDETR, Spec
+from ..model.detector import RTDETR, Spec, compile_stages
 from ..model.folding import fold_all
 from ..model.sizes import SIZES
 from ..model.foreign_weights import OFFICIAL_AP
@@ -183,6 +183,7 @@ def build_distillation(
     if device.type == "cuda": folded(teacher)
     precision = dtype if c.teacher_precision == "same" else getattr(torch, c.teacher_precision)
     if precision != torch.float32: teacher.lighten(precision)
+    if c.compile: compile_stages(teacher.model)
     lam = 0. if c.lam in ("auto", "adaptive") else float(c.lam)  # measured before training
     if c.scales: method.scale = scales_of(c)
     return kind(teacher, method, c.method, student, columns, c.kd_points, c.shuffle_teacher, precision, lam), about

@@ -177,6 +177,7 @@ def finish(self: Learner) -> dict:  # the content of metrics.json
     metrics = self.metrics(figures, best)
     self.store.write("metrics.json", metrics)
     if not (self.c.keep_state or self.stopped_early()): self.store.drop_state()
+    vars(self).pop("opened_feed", None)  # its processes end
     self.acc.end_training()
     print(f"val: {three(figures)}  -> {self.folder.name}/metrics.json", flush=True)
     return metrics

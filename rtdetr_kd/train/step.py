@@ -25,7 +25,7 @@ from ..data.split import Split
 from ..distill.distillation import Distillation, Lesson, as_fractions, map_shapes
 from ..distill.teacher import masses
 from ..files import write_json
-from ..model.detector import RTDETR
+from ..model.detector import RTDETR, compile_stages
 from ..model.losses import detection_losses, match
 from ..model.sizes import SIZES
 from .config import Config, run_folder
@@ -140,7 +140,7 @@ def build_student(
     if c.inherit: print(begin_as_part(model, c, train), flush=True)
     if many and c.sync_norm: share_norms(model, device.type == "cuda")
     if c.freeze_norm: frozen_norms(model)
-    return model
+    return compile_stages(model) if c.compile else model
 
 # %% ../../nbs/train/03_step.ipynb #cc87311e
 class Learner:
@@ -254,7 +254,7 @@ def asked_ahead(self: Learner,
 ) -> list:  # for each part its lesson and its mass; None, None where nothing need be known beforehand
     "What the teacher says about all parts of a batch that is cut, and what its confidence adds up to"
     cut = len(parts) * self.ranks > 1
-    if not (cut and self.method and self.method.weighs and self.teaches()): return [(None, None)] * len(parts)
+    if not (cut and self.method and self.method.weighs): return [(None, None)] * len(parts)
     total = lambda weights: sum(weights) if self.ranks == 1 else torch.tensor(self.in_sum(sum(weights).item())[0])
     cells = sum(h * w for h, w in map_shapes(self.distillation.strides, *parts[0][0].shape[-2:]))
     lessons = [self.distillation.ask(*self.on_device(*part), self.epoch) for part in parts]
@@ -269,7 +269,7 @@ def backward(self: Learner,
     "Gradients of a batch that was cut; they are exchanged after the last part"
     boxes = sum(len(t["labels"]) for _, targets in parts for t in targets)
     boxes, n = map(int, self.in_sum(boxes, sum(len(targets) for _, targets in parts)))
-    terms, known = {}, self.asked_ahead(parts, n)
+    terms, known = {}, self.asked_ahead(parts, n) if self.teaches() else [(None, None)] * len(parts)
     for k, (images, targets) in enumerate(parts):
         exchange = self.cut or k == len(parts) - 1
         with nullcontext() if exchange else self.acc.no_sync(self.together), enough_memory(self.c):
