@@ -12,10 +12,8 @@ if [ "$before" != "$after" ]; then
   git --no-pager diff --stat -- rtdetr_kd >&2 || true
   exit 1
 fi
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-nbdev_test --n_workers 1 --timing > "$log" 2>&1 & notebooks=$!  # beside the other tests: two processors have work
-said=0; pytest -q "${@:2}" || said=$?
-wait $notebooks || { cat "$log" >&2; exit 1; }
-grep -E "Success|secs" "$log" || true
+workers=${TEST_WORKERS:-2}  # processes; each takes up to 3 GB
+said=0
+nbdev_test --n_workers "$workers" --timing || said=$?
+pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder --durations 15 "${@:2}" || said=$?
 exit $said

@@ -7,6 +7,13 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("pretended_gpu", "methods", "docs", "export", "training", "serve", "memory", "distributed", "card")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes come first, so that of two workers none has to wait for the other at the end"
+    place = {f"test_{name}": k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda i: place.get(i.path.stem, len(place)))
 
 
 def shared(*parts) -> Path:

@@ -25,7 +25,7 @@ def sheet(tmp_path_factory):
 
 
 @pytest.mark.parametrize("lam", ["auto", "adaptive"])
-@pytest.mark.parametrize("stages", ["all", "encoder"])
+@pytest.mark.parametrize("stages", ["all", pytest.param("encoder", marks=pytest.mark.slow)])
 def test_lam_is_measured_where_stages_are_computed_again(sheet, own_cache, stages, lam):
     "Each term goes backward through the same checkpointed block; λ is what it is without checkpoints"
     run = lambda name, **kw: train(tiny_config(sheet, method="query+cwd", lam=lam, epochs=2, name=name, **kw))

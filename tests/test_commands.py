@@ -25,9 +25,9 @@ def papermill(*words, **env):
     "words, says",
     [
         ("-p metod query", ["no setting 'metod'", "did you mean 'method'"]),
-        ("-p method qury",
-         ["method='qury'", "none, logit, boxes, feature, cwd, pkd, mgd, query", "did you mean 'query'"]),
-        ("-p epochs abc", ["epochs='abc'", "a whole number"]),
+        pytest.param("-p method qury", ["method='qury'", "none, logit, boxes, feature, cwd, pkd, mgd, query",
+                                        "did you mean 'query'"], marks=pytest.mark.slow),
+        pytest.param("-p epochs abc", ["epochs='abc'", "a whole number"], marks=pytest.mark.slow),
         ("-p data no/such/folder", ["data='no/such/folder'", "no such folder", "'toy', 'coco' or a folder"]),
     ],
 )

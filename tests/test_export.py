@@ -198,13 +198,18 @@ def papermill(*words):
                           stdin=subprocess.DEVNULL)
 
 
+def slow(words, says):
+    "A kernel is started for each: make test does that for two"
+    return pytest.param(words, says, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("words, says", [
     ("-p precison int8", "did you mean 'precision'"),
-    ("-p target tflite", "onnxruntime, openvino, tensorrt"),
-    ("-p calibration_images 0", "at least 1"),
-    ("-p max_loss much", "must be a number"),
+    slow("-p target tflite", "onnxruntime, openvino, tensorrt"),
+    slow("-p calibration_images 0", "at least 1"),
+    slow("-p max_loss much", "must be a number"),
     ("-p weights no/such.safetensors", "no such weights file"),
-    ("-p parts head", "must be one of backbone, fusion"),
+    slow("-p parts head", "must be one of backbone, fusion"),
 ])
 def test_faults_stop_with_one_sentence(tmp_path, words, says):
     r = papermill("nbs/export_model.ipynb", tmp_path / "out.ipynb", *words.split(), "-p", "out", tmp_path / "x.onnx")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 # %% ../../nbs/data/11_augment.ipynb #aa8318d2
 def zoomed_out(
@@ -103,7 +102,9 @@ def render(
     part = image[:, y1:y2, x1:x2]
     first = (x2 - x1) * (y2 - y1) < (p2 - p1) * (q2 - q1)  # recolour where there are fewer pixels
     if recolour and first: part = recolour(part)
-    if part.shape[1:] != (q2 - q1, p2 - p1): part = v2.functional.resize(part, [q2 - q1, p2 - p1], antialias=True)
+    if part.shape[1:] != (q2 - q1, p2 - p1):
+        from torchvision.transforms import v2  # here: it takes long to load
+        part = v2.functional.resize(part, [q2 - q1, p2 - p1], antialias=True)
     if recolour and not first: part = recolour(part)
     if part.shape[1:] != (H, W):
         out = torch.zeros(H, W, 3, dtype=torch.uint8).permute(2, 0, 1)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
-from torchvision.ops import box_convert
 
 # %% ../../nbs/data/00_boxes.ipynb #5553baf7
 def to_xyxy(
@@ -28,7 +27,8 @@ def to_cxcywh(
     boxes: Tensor,  # (...,4) `xyxy`
 ) -> Tensor:  # (...,4) `cxcywh`, the same unit
     "Corners to centre and size"
-    return box_convert(boxes, "xyxy", "cxcywh")
+    first, last = boxes.split(2, -1)
+    return torch.cat([(first + last) / 2, last - first], -1)
 
 # %% ../../nbs/data/00_boxes.ipynb #0e2a46bb
 def to_pixels(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 
 from ..files import cache_dir, write_json
 
@@ -26,6 +25,7 @@ def glyphs(
     seed: int = 0,  # of the deal
 ) -> tuple:  # images (n,8,8) in 0..1, labels (n,), glyph numbers (n,)
     "The handwritten digits of one split"
+    from sklearn.datasets import load_digits  # here: nobody else pays for it
     d, rng = load_digits(), np.random.default_rng(seed)
     lo = sum(v for k, v in SHARES.items() if list(SHARES).index(k) < list(SHARES).index(split))
     ids = []
@@ -41,6 +41,7 @@ def photos(
     split: str,  # train, select or val
 ) -> list:  # two arrays (h,w,3) uint8
     "The parts of the two sample photographs from which this split's backgrounds are cut"
+    from sklearn.datasets import load_sample_images
     whole = [np.asarray(p) for p in load_sample_images().images]
     return [p[:, :int(p.shape[1] * .7)] if split == "train" else p[:, int(p.shape[1] * .7):] for p in whole]
 

@@ -17,7 +17,6 @@ import pandas as pd
 import seaborn as sns
 import torch
 from PIL import Image
-from torchvision.ops import box_iou
 
 from ..files import any_letter, root, write_json
 from ..data.dataset import load_data
@@ -199,6 +198,7 @@ def hits(
     labels: np.ndarray,  # (n,)
 ) -> np.ndarray:  # (n,) bool
     "Which true boxes have a detection of their class with an IoU of 0.5 or more"
+    from torchvision.ops import box_iou  # here: it takes long to load
     if not len(found) or not len(boxes): return np.zeros(len(boxes), bool)
     o = box_iou(torch.tensor(boxes).float(), torch.tensor(found.boxes).float()).numpy()
     return ((o >= .5) & (labels[:, None] == found.labels[None])).any(1)
