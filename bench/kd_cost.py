@@ -1,6 +1,6 @@
 """The price of each way to teach a student, in steps of training without a teacher
 
-python bench/kd_cost.py [out.json] [rounds]
+python bench/kd_cost.py [out.json] [rounds] [arm …]
 
 On the embedded data with its defaults, one thread. Every arm's step is timed in turns with a step of `none`, in
 processor time, which other programs on the machine disturb little. What comes before training is timed as well: the
@@ -26,6 +26,7 @@ ARMS = {"none": {}, "inherit": dict(inherit="teacher"),
         "inherit strongest": dict(inherit="teacher", inherit_how="strongest"),
         "inherit fit": dict(inherit="teacher", inherit_how="fit")}
 ARMS |= {m: dict(method=m) for m in METHODS}
+ARMS |= {f"inherit strongest, {m}": dict(method=m, inherit="teacher", inherit_how="strongest") for m in ("query", "cwd")}
 LENGTHS = dict(short=1000, middle=2000)
 STEPS = 4  # of each arm in a round
 
@@ -65,18 +66,18 @@ def before_training(learner: Learner, images: list) -> dict:
     return dict(pilot=min(learner.c.pilot, learner.total) * step + 3 * pulls, cache=answers)
 
 
-def main(out: Path, rounds: int):
-    "Time all arms in turns, and write the table"
+def main(out: Path, rounds: int, arms: dict):
+    "Time these arms in turns, and write the table"
     none, bare = learner_of({}, None)
     learners = {"none": (none, 0.)}
-    for name, settings in ARMS.items():
+    for name, settings in arms.items():
         if name == "none": continue
         learner, took = learner_of(settings, none.splits)
         learners[name] = learner, max(took - bare, 0.) if settings.get("inherit") else 0.
         print(f"{name}: ready after {took:.1f} s", flush=True)
     images = batches_of(none, STEPS)
     before = {name: before_training(learner, images) | dict(start=took) for name, (learner, took) in learners.items()}
-    times = {name: [] for name in ARMS}
+    times = {name: [] for name in arms}
     for r in range(rounds + 1):  # the first round warms up
         for name, (learner, _) in learners.items():
             took = seconds(lambda: [learner.one_step([b]) for b in images]) / STEPS
@@ -84,7 +85,7 @@ def main(out: Path, rounds: int):
         print(f"round {r}/{rounds}", flush=True)
     step = statistics.median(times["none"])
     rows = {}
-    for name in ARMS:
+    for name in arms:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["none"]))
         extra = {k: v / step for k, v in before[name].items()}
         rows[name] = dict(step=ratio, **extra, equal={k: math.ceil(n * ratio + sum(extra.values()))
@@ -97,4 +98,5 @@ def main(out: Path, rounds: int):
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else root / "runs/published/price.json",
-         int(sys.argv[2]) if len(sys.argv) > 2 else 8)
+         int(sys.argv[2]) if len(sys.argv) > 2 else 8,
+         {k: v for k, v in ARMS.items() if k in ("none", *sys.argv[3:])} if len(sys.argv) > 3 else ARMS)

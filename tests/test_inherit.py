@@ -97,7 +97,7 @@ def test_classes_go_by_name(shipped):
 
 def test_other_levels_and_other_backbones(shipped):
     two = made("toy", levels=2)
-    assert set(inherit(two, shipped).kinds.values()) <= {"cut", "exact"}
+    assert set(inherit(two, shipped, "even").kinds.values()) <= {"cut", "exact"}
     coarse, theirs = two.encoder.input_proj[1][0].weight, shipped.encoder.input_proj[2][0].weight
     assert torch.equal(coarse, theirs[evenly(128, 64)][:, evenly(256, 128)])
     timm = made("toy", backbone="resnet10t")
@@ -169,7 +169,7 @@ def test_a_healed_cut_answers_before_any_training(shipped, scenes):
     "Its loss is far below an untrained student's, and its maps are the teacher's on the channels that were kept"
     healed, even = made("toy"), made("toy")
     inherit(healed, shipped, "fit", images=list(scenes[0].split(16)))
-    inherit(even, shipped)
+    inherit(even, shipped, "even")
     loss = {k: loss_of(m, scenes) for k, m in dict(healed=healed, none=made("toy")).items()}
     assert loss["healed"] < loss["none"] - 2, loss
 

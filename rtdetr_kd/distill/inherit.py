@@ -697,7 +697,7 @@ NO_IMAGES = "how='fit' needs images: some batches (b,3,h,w) in 0..1, of a hundre
 def inherit(
     student: RTDETR,  # changed in place, returned in eval mode
     teacher: RTDETR,  # any of ours, or an official one
-    how: str = "even",  # which channels: even, strongest; or fit: even, then healed by least squares
+    how: str = "strongest",  # which channels: strongest, even; or fit: even, then healed by least squares
     scale: str = "sqrt",  # none, sqrt or full: strength of linear layers whose input was cut
     layers: str = "first",  # or spaced
     parts: str = "all",  # or some of backbone+encoder+decoder

@@ -34,7 +34,7 @@ class Config:
     pretrained: bool = False  # ImageNet weights for the backbone, through timm
     init: str = ""  # weights file to start from; empty: from scratch
     inherit: str = ""  # start as a part of a network: teacher (of the run, or toy's own), or weights as for teacher
-    inherit_how: str = "even"  # which channels: even, strongest; or fit: even, then healed by least squares
+    inherit_how: str = "strongest"  # which channels: strongest, even; or fit: even, then healed by least squares
     inherit_parts: str = "all"  # what is inherited: backbone, encoder, decoder, joined by +, or all
     scramble: bool = False  # the control: what was inherited, its channels shuffled
     seed: int = 0  # of weights, order and augmentation
