@@ -27,8 +27,8 @@ ROOMS = {  # caption: folder of nbs/
     "The server": "serve",
 }
 GROUND = ["files", "names", "props", "command"]  # notebooks that everything stands on, or that stand on everything
-GUIDES = ["which_method", "own_data", "three_tasks", "small_gpu", "colab_a100", "deploy", "reproduce"]
-GUIDES += ["troubleshooting", "glossary"]
+GUIDES = ["own_data", "fine_tuning", "which_method", "three_tasks", "films", "small_gpu", "colab_a100", "deploy"]
+GUIDES += ["reproduce", "troubleshooting", "glossary"]
 MATHJAX = "tex-chtml.js"
 # what a fence of shell commands begins with
 COMMANDS = "(?:rtdetr-kd|yolo|papermill|python|pip|make|curl|for|export|git|docker|serve|trtexec|nbdev_\\w+|#)"
