@@ -954,6 +954,28 @@ def test_a_decoder_that_hangs(tmp_path):
         assert time.perf_counter() - start < 10
 
 
+READ_ONLY = """
+"A server that may write nowhere, not even to /tmp"
+import errno, os, sys, tempfile
+def no_writing(event, args):
+    if event != "open" or isinstance(args[0], int) or str(args[0]).startswith("/dev/"): return
+    if (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): raise OSError(errno.EROFS, "read-only", str(args[0]))
+sys.addaudithook(no_writing)
+from rtdetr_kd.serve.main import main
+main(["--port", sys.argv[1], "--threads", "1"])
+"""
+
+
+def test_a_server_that_may_write_nowhere(tmp_path):
+    "It starts, and takes a picture of more than a megabyte, which forms lay on disk elsewhere"
+    (tmp_path / "read_only.py").write_text(READ_ONLY)
+    noise = packed(Image.effect_noise((1200, 1200), 90))
+    with running(script=tmp_path / "read_only.py") as p:
+        assert len(noise) > 1_100_000
+        assert post(p, noise).status_code == 200
+        assert found(p)
+
+
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -640,7 +640,7 @@ def content_policy(
     "What a browser lets the page do: run its own script, ask its own server, show pictures it made"
     script = re.search("<script>(.*)</script>", page, re.S)[1]
     mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return ("default-src 'none'; connect-src 'self'; img-src blob:; style-src 'unsafe-inline'; "
+    return ("default-src 'none'; connect-src 'self'; img-src blob: data:; style-src 'unsafe-inline'; "
             f"frame-ancestors 'none'; script-src 'sha256-{mark}'")
 
 # %% ../../nbs/serve/02_app.ipynb #c469c355
