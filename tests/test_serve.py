@@ -891,16 +891,52 @@ def test_container():
     from rtdetr_kd.serve.main import EMBEDDED, arguments
     lines = [l.split(maxsplit=1) for l in (ROOT / "Dockerfile").read_text().splitlines() if l and l[0] != "#"]
     copied, keys = [f for k, v in lines if k == "COPY" for f in shlex.split(v)[:-1]], dict(lines)
+    steps = [k + " " + v for k, v in lines]
+    at = lambda text: next(k for k, l in enumerate(steps) if text in l)
+    assert at("COPY requirements-serve.txt") < at("-r requirements-serve.txt") < at("COPY rtdetr_kd")
     assert all((ROOT / f).exists() for f in copied)
     assert str(EMBEDDED.relative_to(ROOT)) in copied
     assert not set(copied) & set((ROOT / ".dockerignore").read_text().split())
     assert arguments(json.loads(keys["CMD"])).host == "0.0.0.0"
     assert keys["USER"] == "serve"
-    assert "/readyz" in keys["HEALTHCHECK"]
+    assert keys["HEALTHCHECK"].endswith('["python", "-m", "rtdetr_kd.serve.main", "health"]')
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["rtdetr_kd"]
     assert service["build"] == "."
+    assert service["restart"] == "unless-stopped"
     assert service["read_only"]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_the_images_packages_are_locked():
+    "Each to its version, and every package that the server imports is among them"
+    lines = [l for l in (ROOT / "requirements-serve.txt").read_text().splitlines() if l[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", l) for l in lines)
+    code = ("import sys; from importlib.metadata import packages_distributions as of; import rtdetr_kd.serve.main as m;"
+            "m.open_served(m.EMBEDDED, threads=1); found = of();"
+            "print(*{d for n in list(sys.modules) if '.' not in n for d in found.get(n, [])})")
+    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    plain = lambda name: name.lower().replace("_", "-")
+    needed = {plain(n) for n in r.stdout.split()} - {"rtdetr-kd", "watchfiles", "pip", "setuptools"}
+    assert {"fastapi", "uvicorn", "onnxruntime", "msgspec"} <= needed
+    missing = needed - {plain(l.split("==")[0]) for l in lines}
+    assert not missing, missing
+
+
+def test_health_of_a_container(server, moody, tmp_path, monkeypatch):
+    "At the port in use, whichever that is; a full house is well, nobody is not"
+    from rtdetr_kd.serve import main
+    first = tmp_path / "cmdline"
+    monkeypatch.setattr(main, "FIRST", first)
+    def told(port): first.write_bytes(b"\0".join([b"python", b"-m", b"rtdetr_kd.serve", b"--port", b"%d" % port, b""]))
+    told(port_of(server))
+    assert main.health() is None
+    told(port_of(moody))
+    with ThreadPoolExecutor(21) as pool:
+        for _ in range(21): pool.submit(post, moody, mood(200))
+        until(lambda: httpx.get(f"{moody.at}/readyz").status_code == 503, "a full house", 30)
+        assert main.health() is None
+    told(9)
+    with pytest.raises(SystemExit, match="not well"): main.health()
 
 
 def test_the_page_is_package_data():

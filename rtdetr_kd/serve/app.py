@@ -12,8 +12,8 @@ __all__ = ['LOWEST', 'SUREST', 'ONLY', 'ROWS', 'NUMBER', 'NO_CLASS', 'PARAMETERS
            'error_response', 'client_name', 'ImageBody', 'image_texts', 'from_json', 'with_filename', 'FormParser',
            'from_form', 'json_in_pool', 'files_of', 'until_gone', 'seconds_left', 'in_time', 'files_in_time',
            'too_long', 'request_id', 'Exchange', 'Door', 'bears', 'tiny_picture', 'image_body', 'error_docs',
-           'found_docs', 'ready_service', 'weight', 'wants_picture', 'detect', 'detect_batch', 'healthz', 'readyz',
-           'Served', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload', 'reload_when_told',
+           'found_docs', 'ready_service', 'weight', 'wants_picture', 'as_response', 'detect', 'detect_batch', 'healthz',
+           'readyz', 'Served', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload', 'reload_when_told',
            'announce_ready', 'lifespan', 'on_refused', 'on_invalid', 'on_http', 'describe', 'create_app']
 
 # %% ../../nbs/serve/02_app.ipynb #c8df0818
@@ -58,6 +58,7 @@ def chosen_classes(
     names: list,  # of the model's classes; they may hold commas and blanks
 ) -> set:  # class numbers; `Refused` for a class that the model has not
     "The longest name that the text begins with, then the next one"
+    if not text: return set()
     pieces, found, most = text.split(","), set(), max(n.count(",") for n in names) + 1
     while pieces:
         starts = [(n, ",".join(pieces[:n]).strip()) for n in range(min(most, len(pieces)), 0, -1)]
@@ -545,6 +546,12 @@ router = APIRouter()
 ONE_IMAGE = "{n} images were sent: /detect takes one, /detect/batch more"
 JPEG = {"image/jpeg": dict(schema=dict(type="string", format="binary"))}
 
+def as_response(
+    answer,  # what JSON can hold
+) -> Response:
+    "JSON, written by the parser that reads it: in a fifth of the time"
+    return Response(msgspec.json.encode(answer), media_type="application/json")
+
 @router.post("/detect", response_model=Answer | list[CocoRow], openapi_extra=image_body(False),
              responses=error_docs() | found_docs(EXAMPLE, **JPEG))
 async def detect(
@@ -559,7 +566,7 @@ async def detect(
     draw = wants_picture(request.headers.get("accept", ""))
     with service.room(1):
         answer = await in_time(request, detect_image(service, *files[0], asked, draw), service.limits)
-    return Response(answer, media_type="image/jpeg") if draw else JSONResponse(answer)
+    return Response(answer, media_type="image/jpeg") if draw else as_response(answer)
 
 # %% ../../nbs/serve/02_app.ipynb #545b1321
 DAMAGED = Refused(400, "undecodable", "the JPEG image is damaged", "b.jpg").body()
@@ -579,7 +586,7 @@ async def detect_batch(
     files = await files_in_time(request, service)
     with service.room(len(files)):
         work = asyncio.gather(*(each(k, *f) for k, f in enumerate(files)))
-        return JSONResponse(dict(results=await in_time(request, work, service.limits)))
+        return as_response(dict(results=await in_time(request, work, service.limits)))
 
 # %% ../../nbs/serve/02_app.ipynb #19fa8320
 @router.get("/healthz")
@@ -778,7 +785,7 @@ def create_app(
     app = FastAPI(title="rtdetr_kd", version="1", description="Object detection", lifespan=lifespan,
                   docs_url=None, redoc_url=None)
     app.state.service = Service(runner, limits or Limits(), threshold, path, options)
-    app.include_router(router)
+    app.router.routes.extend(router.routes)  # include_router would look for each request's route twice
     app.add_middleware(Door, service=app.state.service, token=token)
     if origins:
         named = origins.replace(" ", "").split(",")

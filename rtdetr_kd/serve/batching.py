@@ -11,8 +11,8 @@ __all__ = ['FORMATS', 'NOT_AN_IMAGE', 'PHONE', 'TOO_MANY_PIXELS', 'TOO_MANY_SCAN
 
 # %% ../../nbs/serve/00_batching.ipynb #ad2877ea
 import asyncio, io, logging, os, queue, re, signal, threading, time
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -209,9 +209,10 @@ class Worker:
 
     def put(self,
         picture: np.ndarray,  # (size,size,3) uint8
+        answer: Future | None = None,  # to be used; None: a new one
     ) -> Future:  # of scores (k,), labels (k,), boxes (k,4)
         "Hand a picture in"
-        answer = Future()
+        answer = answer or Future()
         self.queue.put(Waiting(picture, answer, time.perf_counter()))
         return answer
 
@@ -505,6 +506,24 @@ def prepare_image(
         h, w = image.shape[:2]
         return model_input(image, size), Seen(name, w, h, turn)
 
+# %% ../../nbs/serve/00_batching.ipynb #s15e0002
+@patch
+async def through(self: Service,
+    prepare,  # () -> (size,size,3) uint8, `Seen`
+) -> tuple:  # what the model says of the picture, `Seen`
+    "Decoded in the pool, computed by the worker; given up when nobody waits for it any more"
+    answer, seen = Future(), []
+    def decode():
+        if answer.cancelled(): return
+        try:
+            x, about = self.timed("decode", prepare)
+            seen.append(about)
+            self.worker.put(x, answer)
+        except Exception as e:
+            with suppress(InvalidStateError): answer.set_exception(e)
+    self.pool.submit(decode)
+    return await asyncio.wrap_future(answer), seen[0]
+
 # %% ../../nbs/serve/00_batching.ipynb #s15b0009
 def draw_again(
     data: bytes,  # of a file that was decoded before
@@ -533,9 +552,7 @@ async def detect_image(
         if draw: return draw_again(data, limits, service.decoding, rows, runner.names)
         return as_coco(rows, asked.image_id, runner) if asked.format == "coco" else as_json(rows, seen, runner)
     try:
-        decode = lambda: prepare_image(name, data, limits, runner.size, service.decoding)
-        x, seen = await service.in_pool("decode", decode)
-        out = await asyncio.wrap_future(service.worker.put(x))
+        out, seen = await service.through(lambda: prepare_image(name, data, limits, runner.size, service.decoding))
         answer = await service.in_pool("encode", finish) if draw else service.timed("encode", finish)
     except Refused as e:
         service.metrics.images.labels(e.code).inc()
