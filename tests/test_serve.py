@@ -259,10 +259,15 @@ def test_a_phones_format_is_named(server):
     assert "HEIC" in said and "JPEG" in said
 
 
-def test_a_jpeg_that_repeats_its_last_scan(server):
-    "184 kB that would keep two threads busy for minutes: refused at once, in both places at a time"
+def scan_bomb():
+    "184 kB that would keep a thread busy for a minute"
     d = packed(Image.effect_noise((2000, 2000), 0).convert("L"), "JPEG", progressive=True)
-    d = d[:-2] + d[d.rindex(b"\xff\xda"):-2] * 12_000 + b"\xff\xd9"
+    return d[:-2] + d[d.rindex(b"\xff\xda"):-2] * 12_000 + b"\xff\xd9"
+
+
+def test_a_jpeg_that_repeats_its_last_scan(server):
+    "Refused at once, in both places at a time"
+    d = scan_bomb()
     start = time.perf_counter()
     with ThreadPoolExecutor(4) as pool: answers = list(pool.map(lambda _: post(server, d), range(4)))
     for r in answers: check_error(r, 413, "too_many_scans")
@@ -371,6 +376,28 @@ def test_slow_and_idle_sockets_take_no_room(server):
         until(lambda: metric(server, "rtdetr_images_in_house") == 0, "an empty house")
         assert [post(server).status_code for _ in range(5)] == [200] * 5
         assert httpx.get(f"{server.at}/readyz").status_code == 200
+
+
+def test_all_of_it_at_once(tmp_path):
+    "The pair of bombs, 64 slow sockets, 300 idle ones and twelve reloads: ordinary requests are answered meanwhile"
+    weights, bomb = tmp_path / "own.onnx", scan_bomb()
+    weights.write_bytes(ONNX.read_bytes())
+    with running("--threads", 1, "--weights", weights) as p, ExitStack() as open_ones, ThreadPoolExecutor(4) as pool:
+        connect = lambda: open_ones.enter_context(socket.create_connection(("127.0.0.1", port_of(p)), timeout=60))
+        for _ in range(300): connect()
+        for _ in range(64): connect().sendall(post_head() + SCENE[:100])
+        bombs, took = [], []
+        for k in range(12):
+            bombs += [pool.submit(post, p, bomb) for _ in range(2)]
+            p.send_signal(signal.SIGHUP)
+            start = time.perf_counter()
+            assert post(p).status_code == 200
+            took.append(time.perf_counter() - start)
+        assert {b.result().status_code for b in bombs} == {413}
+        assert sorted(took)[6] < 2, took
+        until(lambda: any('"reloaded"' in l for l in p.lines), "a reload")
+        assert httpx.get(f"{p.at}/readyz").status_code == 200
+        assert len(family(p.pid)) == 1                                     # ONNX Runtime needs no process of its own
 
 
 def metric(p, name):
