@@ -436,6 +436,35 @@ def test_a_sixteen_bit_png_of_many_pixels(server):
     assert peak() - before < 450, (peak(), before)
 
 
+def test_a_containers_quota(tmp_path):
+    "`docker run --cpus 1.5` leaves every core in sight"
+    from rtdetr_kd.serve.batching import usable_cores
+    (tmp_path / "cpu.max").write_text("max 100000")
+    seen = usable_cores(tmp_path)
+    assert seen == len(os.sched_getaffinity(0))
+    for text, cores in (("50000 100000", 1), ("150000 100000", min(2, seen)), ("6400000 100000", seen)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert usable_cores(tmp_path) == cores
+
+
+def test_pixels_in_flight(monkeypatch):
+    "Two large pictures are not decoded at the same time; a small one passes"
+    from rtdetr_kd.serve import batching
+    budget, most, go = batching.Budget(50_000), [], threading.Event()
+    def slow(im, data):
+        most.append(budget.used)
+        if im.width == 200: go.wait(30)
+        return np.zeros((im.height, im.width, 3), np.uint8)
+    monkeypatch.setattr(batching, "pixels_of", slow)
+    large, small = (packed(Image.new("L", (w, w))) for w in (200, 50))
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(batching.prepare_image, "a", d, batching.Limits(), 16, budget) for d in (large, large, small)]
+        assert jobs[2].result(30)[1].width == 50
+        go.set()
+        assert [j.result(30)[1].width for j in jobs] == [200, 200, 50]
+    assert max(most) <= 42_500                                             # one large, one small
+
+
 def test_memory_after_mixed_sizes(server):
     bodies = [packed(Image.effect_noise((37 * k + 1, 900 - 80 * k), 50), "JPEG") for k in range(11)]
     kind = {"Content-Type": "image/jpeg"}

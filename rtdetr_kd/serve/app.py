@@ -12,9 +12,10 @@ __all__ = ['LOWEST', 'SUREST', 'ONLY', 'ROWS', 'NUMBER', 'NO_CLASS', 'PARAMETERS
            'error_response', 'client_name', 'ImageBody', 'image_texts', 'from_json', 'with_filename', 'FormParser',
            'from_form', 'json_in_pool', 'files_of', 'until_gone', 'seconds_left', 'in_time', 'files_in_time',
            'too_long', 'request_id', 'Exchange', 'Door', 'bears', 'tiny_picture', 'image_body', 'error_docs',
-           'found_docs', 'ready_service', 'weight', 'wants_picture', 'as_response', 'detect', 'detect_batch', 'healthz',
-           'readyz', 'Served', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload', 'reload_when_told',
-           'announce_ready', 'lifespan', 'on_refused', 'on_invalid', 'on_http', 'describe', 'create_app']
+           'found_docs', 'ready_service', 'preference', 'wants_picture', 'as_response', 'detect', 'detect_batch',
+           'healthz', 'readyz', 'Served', 'model', 'metrics', 'content_policy', 'page', 'open_again', 'reload',
+           'reload_when_told', 'announce_ready', 'lifespan', 'on_refused', 'on_invalid', 'on_http', 'describe',
+           'create_app']
 
 # %% ../../nbs/serve/02_app.ipynb #c8df0818
 import asyncio, base64, gc, hashlib, hmac, io, json, os, re, signal, threading, time, traceback, uuid
@@ -521,7 +522,7 @@ def ready_service(
     return service
 
 # %% ../../nbs/serve/02_app.ipynb #s15c0002
-def weight(
+def preference(
     accept: str,  # the header; empty: anything
     kind: str,  # such as image/jpeg
 ) -> tuple:  # q, and how closely it was named: 0 for */*, 1 for image/*, 2
@@ -538,8 +539,8 @@ def wants_picture(
     accept: str,  # the header
 ) -> bool:
     "Would a client rather have a JPEG than JSON?"
-    wish = weight(accept, "image/jpeg")
-    return wish[0] > 0 and wish > weight(accept, "application/json")
+    wish = preference(accept, "image/jpeg")
+    return wish[0] > 0 and wish > preference(accept, "application/json")
 
 # %% ../../nbs/serve/02_app.ipynb #a1031bd4
 router = APIRouter()
