@@ -458,7 +458,8 @@ def test_pixels_in_flight(monkeypatch):
     monkeypatch.setattr(batching, "pixels_of", slow)
     large, small = (packed(Image.new("L", (w, w))) for w in (200, 50))
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(batching.prepare_image, "a", d, batching.Limits(), 16, budget) for d in (large, large, small)]
+        one = lambda d: pool.submit(batching.prepare_image, "a", d, batching.Limits(), 16, budget)
+        jobs = [one(d) for d in (large, large, small)]
         assert jobs[2].result(30)[1].width == 50
         go.set()
         assert [j.result(30)[1].width for j in jobs] == [200, 200, 50]

@@ -161,7 +161,7 @@ def client_name(
     "A client's name for a file, short and printable"
     return "".join(c for c in text or "" if c.isprintable())[:200] or None
 
-# %% ../../nbs/serve/02_app.ipynb #802bda5e
+# %% ../../nbs/serve/02_app.ipynb #s15h0001
 NO_IMAGE_IN_JSON = "the JSON has no 'image': base64 of a file, or a list of such"
 TOO_MANY_FILES = "{n} images were sent: 1 to {files} are accepted"
 NOT_BASE64 = "an image is not base64 (RFC 4648, without line breaks)"
@@ -171,6 +171,7 @@ class ImageBody(msgspec.Struct):
     "What a JSON body must hold; the rest is skipped"
     image: str | list[str]  # base64, with or without the head of a data URI
 
+# %% ../../nbs/serve/02_app.ipynb #s15h0002
 def image_texts(
     body: bytes,  # JSON
 ) -> list:  # of texts
@@ -181,6 +182,7 @@ def image_texts(
         raise Refused(422, "missing", NO_IMAGE_IN_JSON) from None
     return texts if isinstance(texts, list) else [texts]
 
+# %% ../../nbs/serve/02_app.ipynb #802bda5e
 def from_json(
     body: bytes,  # `{"image": text or list of texts}`
     limits: Limits,  # on the number of files
@@ -232,7 +234,7 @@ async def from_form(
         return [(client_name(f.filename), await f.read()) for f in fields]
     finally: await form.close()
 
-# %% ../../nbs/serve/02_app.ipynb #2056a40f
+# %% ../../nbs/serve/02_app.ipynb #s15h0003
 CONTENT_TYPE = ("send multipart/form-data with a field 'image' (curl -F image=@photo.jpg), "
                 "or the bare bytes as image/jpeg")
 
@@ -243,6 +245,7 @@ async def json_in_pool(
     "`from_json` off the event loop"
     return await service.in_pool("read", lambda: from_json(body, service.limits))
 
+# %% ../../nbs/serve/02_app.ipynb #2056a40f
 async def files_of(
     request: Request,  # of any content type
     service: Service,  # its pool of threads, and its limits
@@ -254,7 +257,7 @@ async def files_of(
     if kind == "multipart/form-data": return await from_form(request, service.limits)
     raise Refused(415, "content_type", CONTENT_TYPE)
 
-# %% ../../nbs/serve/02_app.ipynb #0674c334
+# %% ../../nbs/serve/02_app.ipynb #s15h0004
 LEFT = "the client went away"
 TOO_SLOW = "the answer took more than {seconds:g} seconds"
 
@@ -272,6 +275,7 @@ def seconds_left(
     now = time.perf_counter()
     return max(request.scope.get("deadline", now + limits.seconds) - now, 0)
 
+# %% ../../nbs/serve/02_app.ipynb #0674c334
 async def in_time(
     request: Request,  # somebody waits for its answer
     work,  # a coroutine or a future
@@ -376,7 +380,7 @@ class Door:
     ):
         self.app, self.service, self.token = app, service, token
 
-# %% ../../nbs/serve/02_app.ipynb #abbff6ca
+# %% ../../nbs/serve/02_app.ipynb #s15h0005
 def bears(
     given: bytes,  # the header Authorization
     token: str,  # that is asked for
@@ -385,6 +389,7 @@ def bears(
     scheme, _, brought = given.partition(b" ")
     return scheme.lower() == b"bearer" and hmac.compare_digest(brought.strip(), token.encode())
 
+# %% ../../nbs/serve/02_app.ipynb #abbff6ca
 @patch
 def admit(self: Door,
     exchange: Exchange,  # whose headers are here
@@ -441,13 +446,14 @@ async def __call__(self: Door, scope, receive, send):
         exchange.over()
         self.note(exchange)
 
-# %% ../../nbs/serve/02_app.ipynb #26da2184
+# %% ../../nbs/serve/02_app.ipynb #s15h0006
 def tiny_picture() -> str:  # base64
     "A picture of one pixel, for examples that work"
     file = io.BytesIO()
     Image.new("1", (1, 1)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
+# %% ../../nbs/serve/02_app.ipynb #26da2184
 def image_body(
     many: bool,  # a list of pictures?
 ) -> dict:  # a part of an OpenAPI document
@@ -521,7 +527,7 @@ def ready_service(
     if not service.ready: raise Refused(503, "not_ready", NOT_READY)
     return service
 
-# %% ../../nbs/serve/02_app.ipynb #s15c0002
+# %% ../../nbs/serve/02_app.ipynb #s15h0007
 def preference(
     accept: str,  # the header; empty: anything
     kind: str,  # such as image/jpeg
@@ -535,6 +541,7 @@ def preference(
         if name in ranges: best = max(best, (ranges[name], float(q) if re.fullmatch(r"[01](\.\d{0,3})?", q) else 1.))
     return best[1], best[0]
 
+# %% ../../nbs/serve/02_app.ipynb #s15c0002
 def wants_picture(
     accept: str,  # the header
 ) -> bool:
@@ -542,7 +549,7 @@ def wants_picture(
     wish = preference(accept, "image/jpeg")
     return wish[0] > 0 and wish > preference(accept, "application/json")
 
-# %% ../../nbs/serve/02_app.ipynb #a1031bd4
+# %% ../../nbs/serve/02_app.ipynb #s15h0009
 router = APIRouter()
 ONE_IMAGE = "{n} images were sent: /detect takes one, /detect/batch more"
 JPEG = {"image/jpeg": dict(schema=dict(type="string", format="binary"))}
@@ -553,6 +560,7 @@ def as_response(
     "JSON, written by the parser that reads it: in a fifth of the time"
     return Response(msgspec.json.encode(answer), media_type="application/json")
 
+# %% ../../nbs/serve/02_app.ipynb #a1031bd4
 @router.post("/detect", response_model=Answer | list[CocoRow], openapi_extra=image_body(False),
              responses=error_docs() | found_docs(EXAMPLE, **JPEG))
 async def detect(
@@ -608,7 +616,7 @@ async def readyz(
     if service.in_flight >= service.limits.room: raise Refused(503, "busy", "no room")
     return dict(status="ready")
 
-# %% ../../nbs/serve/02_app.ipynb #1cd3b78a
+# %% ../../nbs/serve/02_app.ipynb #s15h0008
 class Served(BaseModel):
     "What is served"
     names: list[str]  # of the classes
@@ -620,6 +628,7 @@ class Served(BaseModel):
     threshold: float | list[float]  # lowest score where a request names none: one, or one for each class
     options: dict[str, int | str]  # that it was opened with
 
+# %% ../../nbs/serve/02_app.ipynb #1cd3b78a
 @router.get("/model", responses=error_docs(401))
 async def model(
     request: Request,  # knows the service

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_AN_IMAGE', 'PHONE', 'TOO_MANY_PIXELS', 'TOO_MANY_SCANS', 'UNDECODABLE', 'BUSY', 'MARKER', 'SEGMENTS',
            'BRANDS', 'NOT_FINITE', 'CONSTANT', 'CORES', 'log', 'Limits', 'Refused', 'check_scans', 'unread',
-           'read_header', 'decode_image', 'pixels_in', 'Budget', 'model_input', 'Metrics', 'Waiting', 'Worker',
+           'read_header', 'pixels_in', 'decode_image', 'Budget', 'model_input', 'Metrics', 'Waiting', 'Worker',
            'check_answer', 'warm_up', 'DetectQuery', 'select_detections', 'Seen', 'as_coco', 'as_json',
            'picture_with_boxes', 'quota', 'usable_cores', 'Service', 'prepare_image', 'draw_again', 'detect_image']
 
@@ -117,13 +117,6 @@ def read_header(
     return im
 
 # %% ../../nbs/serve/00_batching.ipynb #206ccf8e
-def decode_image(
-    data: bytes,  # of a file
-    limits: Limits,  # on pixels and sides, checked before anything is unfolded
-) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
-    "The bytes of a file as pixels, first frame only; `Refused` if they are none"
-    return pixels_in(read_header(data, limits), data)
-
 def pixels_in(
     im: Image.Image,  # from `read_header`
     data: bytes,  # of the file
@@ -131,6 +124,14 @@ def pixels_in(
     "A picture, unfolded; `Refused` if that cannot be done"
     try: return pixels_of(im, data), orientation(im)
     except Exception: raise Refused(400, "undecodable", UNDECODABLE.format(format=im.format)) from None
+
+# %% ../../nbs/serve/00_batching.ipynb #s15h0010
+def decode_image(
+    data: bytes,  # of a file
+    limits: Limits,  # on pixels and sides, checked before anything is unfolded
+) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
+    "The bytes of a file as pixels, first frame only; `Refused` if they are none"
+    return pixels_in(read_header(data, limits), data)
 
 # %% ../../nbs/serve/00_batching.ipynb #s15b0004
 class Budget:
@@ -395,7 +396,7 @@ def picture_with_boxes(
     im.save(out, "JPEG", quality=90)
     return out.getvalue()
 
-# %% ../../nbs/serve/00_batching.ipynb #s15b0007
+# %% ../../nbs/serve/00_batching.ipynb #s15h0011
 def quota(
     group: Path = Path("/sys/fs/cgroup"),  # where the kernel tells what this process may use
 ) -> float:  # cores; infinite without a limit
@@ -406,6 +407,7 @@ def quota(
         return int(most) / int(period) if int(most) > 0 else float("inf")
     except (OSError, ValueError): return float("inf")
 
+# %% ../../nbs/serve/00_batching.ipynb #s15b0007
 def usable_cores(
     group: Path = Path("/sys/fs/cgroup"),  # as for `quota`
 ) -> int:  # one at least

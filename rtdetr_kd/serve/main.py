@@ -111,7 +111,7 @@ def set_up_process():
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
     sys.setswitchinterval(.0005)  # the thread that feeds the model waits this long for Python, not 5 ms
 
-# %% ../../nbs/serve/03_main.ipynb #s15d0002
+# %% ../../nbs/serve/03_main.ipynb #s15h0012
 HEAD_SECONDS = 10.  # for the headers of a request
 
 class PatientProtocol(H11Protocol):
@@ -141,6 +141,7 @@ class PatientProtocol(H11Protocol):
         self.stop()
         super().connection_lost(exc)
 
+# %% ../../nbs/serve/03_main.ipynb #s15d0002
 def listening(
     app,  # of ASGI
     limits: Limits,  # on seconds, and on a head
@@ -183,7 +184,7 @@ def main(
     uvicorn.Server(listening(app, limits, a.host, a.port)).run()
     if app.state.service.busy: os._exit(1)                   # a decoder hangs: its thread would keep the process
 
-# %% ../../nbs/serve/03_main.ipynb #s15f0002
+# %% ../../nbs/serve/03_main.ipynb #s15h0013
 NOT_HEALTHY = "the server at {at} is not well: {why}"
 
 def address(
@@ -194,6 +195,7 @@ def address(
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(a.host, a.host)
     return f"http://[{host}]:{a.port}" if ":" in host else f"http://{host}:{a.port}"
 
+# %% ../../nbs/serve/03_main.ipynb #s15f0002
 def check_health(
     at: str,  # from `address`
 ):
