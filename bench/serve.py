@@ -2,6 +2,7 @@
 
 python bench/serve.py [--weights W] [--clients 16] [--seconds 6] [--rounds 5] [--options '--threads 1']
                       [--soak 10000] [--out bench/serve_toy.json]
+python bench/serve.py --cpu 3000 --weights weights/toy_student.onnx --out bench/serve_cpu.json
 
 Rounds alternate, so that whatever else the machine does meets all of them:
   server         ours
@@ -14,6 +15,9 @@ Rounds alternate, so that whatever else the machine does meets all of them:
 The clients run on the same machine and take their share of its cores; the figures include that. What other processes
 take does not belong here: a measurement waits until they use less than --others of the machine, and is repeated if
 that was not so, for --patience seconds; the least disturbed counts (its `others` is recorded).
+
+--cpu N counts seconds of the processor instead, in the mean over N pictures: what the server takes, what of it the
+model and the decoder take alone, what the clients take. That others are busy changes it little.
 """
 import argparse, asyncio, json, os, platform, re, socket, statistics, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
@@ -194,6 +198,47 @@ def summary(rows) -> dict:
                 alone_p50_ms=mid(lambda r: r["alone"]["p50"]))
 
 
+def cpu_seconds(pid) -> float:
+    "Of a process and its children, since they began"
+    fields = [Path(f"/proc/{k}/stat").read_text().rsplit(")", 1)[1].split()[11:13] for k in family(pid)]
+    return sum(int(v) for f in fields for v in f) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_of(f, n) -> float:
+    "Milliseconds of the processor that `f` takes, in the mean of `n` calls; the best of three"
+    def once():
+        start = time.process_time()
+        for _ in range(n): f()
+        return 1000 * (time.process_time() - start) / n
+    return round(min(once() for _ in range(3)), 3)
+
+
+def cpu(a, data) -> dict:
+    "Where the processor's time goes, in ms a picture; the best of three loads"
+    from rtdetr_kd.deploy.open import open_model
+    from rtdetr_kd.serve.batching import Budget, Limits, prepare_image
+    runner, photo, limits = open_model(a.weights, threads=1), Path(a.photo).read_bytes(), Limits()
+    ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *a.options.split()])
+    seen = []
+    try:
+        asyncio.run(load(port, data, a.clients, 1e9, a.cpu // 10))
+        for _ in range(3):
+            before, mine = cpu_seconds(ours.pid), time.process_time()
+            batch = with_batch(port, lambda: asyncio.run(load(port, data, a.clients, 1e9, a.cpu)))["batch"]
+            server, clients = cpu_seconds(ours.pid) - before, time.process_time() - mine
+            seen.append([round(1000 * v / a.cpu, 3) for v in (server, clients)] + [round(batch, 1)])
+    finally:
+        ours.terminate()
+        ours.wait()
+    server, clients, batch = min(seen)
+    x = np.zeros((round(batch), runner.size, runner.size, 3), np.uint8)
+    model = round(cpu_of(lambda: runner(x), 100) / len(x), 3)
+    decode = cpu_of(lambda: prepare_image("a", photo, limits, runner.size, Budget(10**9)), 300)
+    return dict(weights=Path(a.weights).name, pictures=a.cpu, clients_at_a_time=a.clients, batch=batch,
+                cores=len(os.sched_getaffinity(0)), machine=processor(), unit="ms of the processor a picture",
+                server=server, model_alone=model, decoder_alone=decode, clients=clients)
+
+
 def options():
     "Of this command"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +251,7 @@ def options():
     p.add_argument("--others", type=float, default=.1)
     p.add_argument("--patience", type=float, default=20)
     p.add_argument("--soak", type=int, default=0)
+    p.add_argument("--cpu", type=int, default=0)
     p.add_argument("--out")
     return p.parse_args()
 
@@ -221,6 +267,10 @@ def main():
     from rtdetr_kd.deploy.open import open_model
     from rtdetr_kd.serve.worker_process import open_served
     cores, data = len(os.sched_getaffinity(0)), request(Path(a.photo).read_bytes())
+    if a.cpu:
+        text = json.dumps(cpu(a, data), indent=1)
+        if a.out: Path(a.out).write_text(text + "\n")
+        return print(text)
     runner = open_model(a.weights, threads=cores)
     ours, port = start(["-m", "rtdetr_kd.serve", "--weights", a.weights, "--port", "PORT", *a.options.split()])
     how = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/model").read())["options"]

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -77,11 +78,17 @@ def server():
     with running("--threads", 1) as p: yield p
 
 
-@pytest.fixture
-def browser(server, tmp_path):
-    b = Browser(tmp_path / "home")
+@pytest.fixture(scope="module")
+def chromium(server, tmp_path_factory):
+    b = Browser(tmp_path_factory.mktemp("browser") / "home")
     yield b
     b.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    chromium.faults.clear()
+    return chromium
 
 
 def visit(b, at, width=1200, height=800, mobile=False):
@@ -109,7 +116,79 @@ def test_a_person_chooses_a_picture(server, browser, tmp_path, name, width, heig
     b.shot(shots / f"page_{name}.png")
     b.js("const t = document.getElementById('t'); t.value = 0.75; t.dispatchEvent(new Event('input'))")
     assert shown() < many                                                  # the slider hides the unsure ones
+    surest = [d["name"] for d in found if d["score"] >= .75]
+    assert b.js("document.getElementById('c').getAttribute('aria-label')").endswith(", ".join(surest))
+    b.js(f"const n = document.getElementById('n'); n.value = '{surest[0]}'; n.dispatchEvent(new Event('change'))")
+    assert shown() == surest.count(surest[0])                              # and the list all other classes
+    assert ("objects" in b.status()) == (shown() != 1)
     assert not b.faults, b.faults
+
+
+LATE = """
+const real = fetch, waiting = [];
+window.fetch = (...x) => real(...x).then(r => waiting.length ? r : new Promise(go => waiting.push(() => go(r))));
+window.release = () => waiting[0]();
+"""
+BUSY = "document.getElementById('m').getAttribute('aria-busy') == 'true'"
+
+
+def test_a_late_answer_is_dropped(server, browser, tmp_path):
+    "The first picture's answer comes after the second's: the second stays"
+    b = browser
+    visit(b, server.at)
+    b.js(LATE)
+    other = tmp_path / "other.png"
+    Image.new("RGB", (300, 100)).save(other)
+    b.choose(SCENE)
+    b.until(BUSY)
+    b.until("waiting.length == 1")
+    b.choose(other)
+    b.until(f"!({BUSY}) && picture && picture.width == 300")
+    b.js("release()")
+    time.sleep(.3)
+    assert b.js("answer.width") == b.js("picture.width") == 300
+
+
+def test_an_error_takes_the_boxes_away(server, browser, tmp_path):
+    b = browser
+    visit(b, server.at)
+    b.choose(SCENE)
+    b.until(FOUND)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    b.choose(tmp_path / "bad.jpg")
+    b.until("document.getElementById('s').className == 'bad'")
+    assert b.js("answer === null && document.getElementById('c').width == 1 && document.getElementById('j').disabled")
+
+
+def test_a_very_long_picture_fits_the_screen(server, browser, tmp_path):
+    b = browser
+    visit(b, server.at, 390, 844, True)
+    Image.new("RGB", (600, 20_000), "white").save(tmp_path / "long.png")
+    b.choose(tmp_path / "long.png")
+    b.until("/object/.test(document.getElementById('s').textContent)")
+    shape = b.js("const r = document.getElementById('c').getBoundingClientRect(); [r.width, r.height]")
+    assert shape[1] <= 844 and shape[1] / shape[0] == pytest.approx(20_000 / 600, rel=.1)
+
+
+COLOURS = """['body', 'button', 'select'].map(q => {
+  const s = getComputedStyle(document.querySelector(q));
+  return s.color + ' on ' + s.backgroundColor; })"""
+
+
+def test_every_control_has_a_name_and_the_colours_follow_the_system(server, browser):
+    b, seen = browser, {}
+    visit(b, server.at)
+    nodes = b("Accessibility.getFullAXTree")["nodes"]
+    kinds = ("button", "slider", "combobox", "textbox", "image", "checkbox")
+    controls = [n for n in nodes if n.get("role", {}).get("value") in kinds and not n.get("ignored")]
+    assert len(controls) >= 7
+    assert all(n["name"]["value"] for n in controls), controls
+    for mode in ("light", "dark"):
+        b("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=mode)])
+        seen[mode] = b.js(COLOURS)
+    assert all(a != b_ for a, b_ in zip(seen["light"], seen["dark"])), seen
+    assert len(set(seen["dark"])) == 1                                     # one ink, one paper
+    assert not b.faults, b.faults                                          # a favicon that is not there would be one
 
 
 def test_a_file_that_is_no_picture(server, browser, tmp_path):

@@ -1,12 +1,12 @@
 "The server as a process of its own, with what the world sends it"
-import base64, io, json, os, pickle, random, signal, socket, subprocess, sys, threading, time
+import base64, io, json, os, pickle, random, re, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -116,6 +116,8 @@ def kinds():
     yield "la.png", packed(im.convert("LA"))
     yield "bit.png", packed(im.convert("1"))
     yield "moving.gif", packed(im, "GIF", save_all=True, append_images=[Image.new("RGB", im.size, "red")])
+    yield "scan.tif", packed(im, "TIFF", compression="tiff_lzw")
+    if features.check("avif"): yield "phone.avif", packed(im, "AVIF")
     yield "one.png", packed(Image.new("RGB", (1, 1)))
     yield "line.png", packed(Image.new("RGB", (1, 20000), "red"))
 
@@ -167,6 +169,18 @@ def test_coco_rows(server):
     x, y, X, Y = first["box"]
     assert coco[0]["category_id"] == httpx.get(f"{server.at}/model").json()["category_ids"][first["label"]]
     assert coco[0]["bbox"] == pytest.approx([x, y, X - x, Y - y], abs=.02)
+    assert {r["image_id"] for r in coco} == {1}
+
+
+def test_coco_rows_are_numbered(server):
+    "1 to n, or from the parameter on; COCO's own reader takes them, which refuses names"
+    files = [("image", (f"{k}.jpg", SCENE)) for k in range(3)]
+    def numbers(**more):
+        r = httpx.post(f"{server.at}/detect/batch", files=files, params=dict(format="coco", **more), timeout=60)
+        return [rows[0]["image_id"] for rows in r.json()["results"]]
+    assert numbers() == [1, 2, 3]
+    assert numbers(image_id=139) == [139, 140, 141]
+    check_error(post(server, params=dict(format="coco", image_id="a.jpg")), 422, "parameter")
 
 
 def test_bare_bytes_and_a_picture_back(server):
@@ -231,6 +245,8 @@ def hostile_files():
     yield packed(Image.new("1", (40000, 1))), 413
     yield b"%PDF-1.4", 415
     yield b"II*\0" + bytes(100), 415
+    yield bytes([0, 0, 0, 24]) + b"ftypheic" + bytes(100), 415
+    yield packed(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), 400
     yield bytes(10_000), 415
 
 
@@ -238,10 +254,20 @@ def test_hostile_files(server):
     for data, status in hostile_files(): check_error(post(server, data), status)
 
 
-def test_a_jpeg_that_repeats_its_last_scan(server):
-    "184 kB that would keep two threads busy for minutes: refused at once, in both places at a time"
+def test_a_phones_format_is_named(server):
+    said = post(server, bytes([0, 0, 0, 24]) + b"ftypheic" + bytes(100)).json()["error"]["message"]
+    assert "HEIC" in said and "JPEG" in said
+
+
+def scan_bomb():
+    "184 kB that would keep a thread busy for a minute"
     d = packed(Image.effect_noise((2000, 2000), 0).convert("L"), "JPEG", progressive=True)
-    d = d[:-2] + d[d.rindex(b"\xff\xda"):-2] * 12_000 + b"\xff\xd9"
+    return d[:-2] + d[d.rindex(b"\xff\xda"):-2] * 12_000 + b"\xff\xd9"
+
+
+def test_a_jpeg_that_repeats_its_last_scan(server):
+    "Refused at once, in both places at a time"
+    d = scan_bomb()
     start = time.perf_counter()
     with ThreadPoolExecutor(4) as pool: answers = list(pool.map(lambda _: post(server, d), range(4)))
     for r in answers: check_error(r, 413, "too_many_scans")
@@ -265,7 +291,7 @@ def test_hostile_requests(server):
     check_error(send(files=dict(picture=SCENE)), 422, "missing")
     check_error(send(files=dict(image=(None, "/etc/passwd"))), 422, "missing")
     check_error(send(files=[("image", SCENE)] * 2), 422, "too_many_files")
-    check_error(send("/detect/batch", files=[("image", SCENE)] * 33), 400)
+    check_error(send("/detect/batch", files=[("image", SCENE)] * 33), 400, "too_many_files")
     check_error(httpx.get(f"{server.at}/detect"), 405)
     check_error(httpx.get(f"{server.at}/../../etc/passwd"), 404)
     assert post(server, name="../../evil").json()["image"] == "../../evil"
@@ -283,16 +309,168 @@ def test_base64(server):
     for bad in ({}, [], "x", dict(images=text)): check_error(send(bad), 422, "missing")
     deep = httpx.post(f"{server.at}/detect", content="[" * 100_000, headers={"Content-Type": "application/json"})
     check_error(deep, 422, "missing")
-    check_error(send(dict(image=[text] * 33), "/detect/batch"), 400)
+    check_error(send(dict(image=[text] * 33), "/detect/batch"), 400, "too_many_files")
     check_error(send(dict(image=[])), 400)
     check_error(send(dict(image=base64.b64encode(b"hello").decode())), 415, "not_an_image")
+
+
+def raw(server, data, wait=60):
+    "Bytes to the server; what comes back until it closes the connection"
+    with socket.create_connection(("127.0.0.1", port_of(server)), timeout=wait) as s:
+        try: s.sendall(data)
+        except OSError: pass                                               # closed while we were sending
+        try: return b"".join(iter(lambda: s.recv(65536), b""))
+        except ConnectionResetError: return b"reset"
+
+
+def post_head(*lines, length=len(SCENE)):
+    own = [b"POST /detect HTTP/1.1", b"Host: a", b"Content-Type: image/jpeg", b"Content-Length: %d" % length, *lines]
+    return b"\r\n".join(own) + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("to", [b"h2c", b"websocket"])
+def test_a_body_with_an_upgrade(server, to):
+    "Java's own client asks for h2c first: its picture is answered all the same; nobody hangs"
+    head = post_head(b"Connection: close, Upgrade, HTTP2-Settings", b"Upgrade: " + to, b"HTTP2-Settings: AAMAAABkAAQ")
+    answer = raw(server, head + SCENE)
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["detections"] == found(server)
+    socket_of_pages = (b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, close\r\nUpgrade: websocket\r\n"
+                       b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+    assert raw(server, socket_of_pages).startswith(b"HTTP/1.1 200")
+
+
+def test_headers_without_an_end(server):
+    "20 MB of one header, and 200,000 headers: refused when 16 kB are here, long before the rest"
+    start, before = time.perf_counter(), rss(server)
+    many = b"".join(b"X-%d: a\r\n" % k for k in range(200_000))
+    for data in (b"X-A: " + 20_000_000 * b"a", many):
+        answer = raw(server, b"GET /detect HTTP/1.1\r\nHost: a\r\n" + data)
+        assert answer == b"reset" or answer.startswith(b"HTTP/1.1 400"), answer[:200]
+    assert time.perf_counter() - start < 10
+    assert rss(server) - before < 10
+    middle = raw(server, b"GET /model HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX-A: " + 15_900 * b"a" + b"\r\n\r\n")
+    assert middle.startswith(b"HTTP/1.1 200")
+    assert raw(server, b"GET /" + 17_000 * b"a" + b" HTTP/1.1\r\nHost: a\r\n\r\n")[9:12] in (b"400", b"431")
+
+
+def test_json_does_not_hold_the_others_up(server):
+    "19 MB of brackets took the event loop eight seconds"
+    body = b'{"a":' + b"[" + b"[]," * 6_300_000 + b"[]]}"
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(httpx.post, f"{server.at}/detect", content=body, timeout=60,
+                           headers={"Content-Type": "application/json"})
+        took = []
+        while not slow.done(): took.append(health(server))
+    check_error(slow.result(), 422, "missing")
+    assert max(took) < 1, max(took)
+
+
+def test_slow_and_idle_sockets_take_no_room(server):
+    "80 bodies that never come and 300 sockets that say nothing, with room for 64: everybody else is answered"
+    begun = post_head() + SCENE[:100]
+    with ExitStack() as open_ones:
+        connect = lambda: open_ones.enter_context(socket.create_connection(("127.0.0.1", port_of(server)), timeout=60))
+        for _ in range(300): connect()
+        for _ in range(80): connect().sendall(begun)
+        until(lambda: metric(server, "rtdetr_images_in_house") == 0, "an empty house")
+        assert [post(server).status_code for _ in range(5)] == [200] * 5
+        assert httpx.get(f"{server.at}/readyz").status_code == 200
+
+
+def test_all_of_it_at_once(tmp_path):
+    "The pair of bombs, 64 slow sockets, 300 idle ones and twelve reloads: ordinary requests are answered meanwhile"
+    weights, bomb = tmp_path / "own.onnx", scan_bomb()
+    weights.write_bytes(ONNX.read_bytes())
+    with running("--threads", 1, "--weights", weights) as p, ExitStack() as open_ones, ThreadPoolExecutor(4) as pool:
+        connect = lambda: open_ones.enter_context(socket.create_connection(("127.0.0.1", port_of(p)), timeout=60))
+        for _ in range(300): connect()
+        for _ in range(64): connect().sendall(post_head() + SCENE[:100])
+        bombs, took = [], []
+        for k in range(12):
+            bombs += [pool.submit(post, p, bomb) for _ in range(2)]
+            p.send_signal(signal.SIGHUP)
+            start = time.perf_counter()
+            assert post(p).status_code == 200
+            took.append(time.perf_counter() - start)
+        assert {b.result().status_code for b in bombs} == {413}
+        assert sorted(took)[6] < 2, took
+        until(lambda: any('"reloaded"' in l for l in p.lines), "a reload")
+        assert httpx.get(f"{p.at}/readyz").status_code == 200
+        assert len(family(p.pid)) == 1                                     # ONNX Runtime needs no process of its own
+
+
+def metric(p, name):
+    text = httpx.get(f"{p.at}/metrics").text
+    return float(next(l for l in text.splitlines() if l.startswith(name + " ")).split()[1])
+
+
+def test_what_is_refused_early_closes(server):
+    "Who announces 60 MB is told and not listened to"
+    answer = raw(server, post_head(length=60_000_000))                      # returns, so it was closed
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"connection: close" in answer.lower()
+
+
+def test_head_is_get_without_a_body(server):
+    for path in ("/", "/healthz", "/readyz", "/model", "/metrics", "/openapi.json"):
+        r = httpx.head(server.at + path)
+        assert (r.status_code, r.content) == (200, b""), path
+    assert httpx.head(f"{server.at}/detect").status_code == 405
+
+
+def test_a_picture_is_sent_to_whoever_wants_one(server):
+    kind = lambda accept: post(server, headers=dict(Accept=accept)).headers["content-type"]
+    for accept in ("image/jpeg", "image/*", "application/json;q=0.1, image/jpeg"): assert kind(accept) == "image/jpeg"
+    for accept in ("*/*", "image/jpeg;q=0", "application/json", "text/html, image/webp, */*"):
+        assert kind(accept) == "application/json"
+
+
+def test_a_sixteen_bit_png_of_many_pixels(server):
+    "77 kB that unfold into 38 million values of 16 bits took 984 MB; now an RGB copy is the largest thing"
+    data = packed(Image.fromarray(np.zeros((6200, 6200), np.uint16)))
+    assert len(data) < 100_000
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())[1]) / 1024
+    before = rss(server)
+    assert post(server, data).status_code == 200
+    assert peak() - before < 450, (peak(), before)
+
+
+def test_a_containers_quota(tmp_path):
+    "`docker run --cpus 1.5` leaves every core in sight"
+    from rtdetr_kd.serve.batching import usable_cores
+    (tmp_path / "cpu.max").write_text("max 100000")
+    seen = usable_cores(tmp_path)
+    assert seen == len(os.sched_getaffinity(0))
+    for text, cores in (("50000 100000", 1), ("150000 100000", min(2, seen)), ("6400000 100000", seen)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert usable_cores(tmp_path) == cores
+
+
+def test_pixels_in_flight(monkeypatch):
+    "Two large pictures are not decoded at the same time; a small one passes"
+    from rtdetr_kd.serve import batching
+    budget, most, go = batching.Budget(50_000), [], threading.Event()
+    def slow(im, data):
+        most.append(budget.used)
+        if im.width == 200: go.wait(30)
+        return np.zeros((im.height, im.width, 3), np.uint8)
+    monkeypatch.setattr(batching, "pixels_of", slow)
+    large, small = (packed(Image.new("L", (w, w))) for w in (200, 50))
+    with ThreadPoolExecutor(4) as pool:
+        one = lambda d: pool.submit(batching.prepare_image, "a", d, batching.Limits(), 16, budget)
+        jobs = [one(d) for d in (large, large, small)]
+        assert jobs[2].result(30)[1].width == 50
+        go.set()
+        assert [j.result(30)[1].width for j in jobs] == [200, 200, 50]
+    assert max(most) <= 42_500                                             # one large, one small
 
 
 def test_memory_after_mixed_sizes(server):
     bodies = [packed(Image.effect_noise((37 * k + 1, 900 - 80 * k), 50), "JPEG") for k in range(11)]
     kind = {"Content-Type": "image/jpeg"}
     with httpx.Client(timeout=60) as c:
-        for k in range(500):
+        for k in range(300):
             assert c.post(f"{server.at}/detect", content=bodies[k % 11], headers=kind).status_code == 200
             if k == 99: before = rss(server)
     assert rss(server) < before * 1.05
@@ -405,18 +583,47 @@ def test_the_models_process_is_killed():
         assert p.wait(30) in (0, -signal.SIGTERM)
 
 
+ORPHAN = """
+import time
+from rtdetr_kd.serve.worker_process import WorkerProcess
+w = WorkerProcess()
+print(w.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_models_process_ends_with_its_server():
+    "Also with one that is killed and can tell nobody"
+    p = subprocess.Popen([sys.executable, "-c", ORPHAN], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = Path("/proc") / p.stdout.readline().strip()
+    assert child.exists()
+    p.kill()
+    p.wait()
+    ended = lambda: not child.exists() or "(zombie)" in (child / "status").read_text()
+    until(ended, "the end of the model's process", 60)
+
+
 @pytest.mark.parametrize("path", ["/detect", "/detect/batch"])
 def test_documented(server, path):
     "Every answer has a schema and an example that fits it"
     op = httpx.get(f"{server.at}/openapi.json").json()["paths"][path]["post"]
     assert {"400", "401", "408", "413", "415", "422", "500", "503", "504"} <= set(op["responses"])
     assert op["responses"]["200"]["content"]["application/json"]["example"]
+    example = op["requestBody"]["content"]["application/json"]["example"]
+    assert httpx.post(server.at + path, json=example, timeout=60).status_code == 200
     assert {"multipart/form-data", "image/*", "application/json"} == set(op["requestBody"]["content"])
     for status, answer in op["responses"].items():
         if status == "200": continue
         content = answer["content"]["application/json"]
         assert content["schema"]["$ref"].endswith("/Error")
         assert {"code", "message"} <= set(content["example"]["error"])
+
+
+def test_what_is_served_is_typed(server):
+    op = httpx.get(f"{server.at}/openapi.json").json()
+    schema = op["paths"]["/model"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert set(op["components"]["schemas"][schema["$ref"].split("/")[-1]]["properties"]) == set(
+        httpx.get(f"{server.at}/model").json())
 
 
 def test_schemas_have_the_names_that_clients_know(server):
@@ -466,7 +673,8 @@ def own(tmp_path_factory):
     "The command with weights, a token, a limit and a threshold of its own"
     weights = tmp_path_factory.mktemp("own") / "own.safetensors"
     weights.write_bytes(TOY.read_bytes())
-    words = ["--weights", weights, "--threads", 1, "--token", "secret", "--max-body", 200_000, "--threshold", .9]
+    words = ["--weights", weights, "--threads", 1, "--token", "secret", "--max-body", 200_000, "--threshold", .9,
+             "--cors", "https://a.example"]
     with running(*words) as p:
         p.weights = weights
         yield p
@@ -476,6 +684,12 @@ class TestOwnWeights:
     def test_token_and_limit(self, own):
         check_error(post(own), 401, "token")
         check_error(post(own, headers={"Authorization": "Bearer secreT"}), 401, "token")
+        assert post(own, headers={"Authorization": "bearer secret"}).status_code == 200
+        ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{own.at}/detect", headers=ask).headers["access-control-allow-origin"] == ask["Origin"]
+        op = httpx.get(f"{own.at}/openapi.json", **KEY).json()
+        assert op["components"]["securitySchemes"]["token"] == dict(type="http", scheme="bearer")
+        assert op["paths"]["/detect"]["post"]["security"] == [dict(token=[])]
         check_error(httpx.get(f"{own.at}/model"), 401)
         check_error(post(own, bytes(300_000), **KEY), 413, "too_many_bytes")
 
@@ -640,7 +854,9 @@ def test_alive_before_it_is_ready():
         until(lambda: c.get("/readyz").status_code == 200, "ready")
         assert [d["name"] for d in send().json()["detections"]] == ["b"]   # the model's own names
         go.clear()
+        start = time.perf_counter()
         check_error(send(), 504, "timeout")
+        assert time.perf_counter() - start < .9                            # half a second in all, not for each part
         go.set()
 
 
@@ -732,16 +948,52 @@ def test_container():
     from rtdetr_kd.serve.main import EMBEDDED, arguments
     lines = [l.split(maxsplit=1) for l in (ROOT / "Dockerfile").read_text().splitlines() if l and l[0] != "#"]
     copied, keys = [f for k, v in lines if k == "COPY" for f in shlex.split(v)[:-1]], dict(lines)
+    steps = [k + " " + v for k, v in lines]
+    at = lambda text: next(k for k, l in enumerate(steps) if text in l)
+    assert at("COPY requirements-serve.txt") < at("-r requirements-serve.txt") < at("COPY rtdetr_kd")
     assert all((ROOT / f).exists() for f in copied)
     assert str(EMBEDDED.relative_to(ROOT)) in copied
     assert not set(copied) & set((ROOT / ".dockerignore").read_text().split())
     assert arguments(json.loads(keys["CMD"])).host == "0.0.0.0"
     assert keys["USER"] == "serve"
-    assert "/readyz" in keys["HEALTHCHECK"]
+    assert keys["HEALTHCHECK"].endswith('["python", "-m", "rtdetr_kd.serve.main", "health"]')
     service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["rtdetr_kd"]
     assert service["build"] == "."
+    assert service["restart"] == "unless-stopped"
     assert service["read_only"]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
+
+
+def test_the_images_packages_are_locked():
+    "Each to its version, and every package that the server imports is among them"
+    lines = [l for l in (ROOT / "requirements-serve.txt").read_text().splitlines() if l[0] != "#"]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", l) for l in lines)
+    code = ("import sys; from importlib.metadata import packages_distributions as of; import rtdetr_kd.serve.main as m;"
+            "m.open_served(m.EMBEDDED, threads=1); found = of();"
+            "print(*{d for n in list(sys.modules) if '.' not in n for d in found.get(n, [])})")
+    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    plain = lambda name: name.lower().replace("_", "-")
+    needed = {plain(n) for n in r.stdout.split()} - {"rtdetr-kd", "watchfiles", "pip", "setuptools"}
+    assert {"fastapi", "uvicorn", "onnxruntime", "msgspec"} <= needed
+    missing = needed - {plain(l.split("==")[0]) for l in lines}
+    assert not missing, missing
+
+
+def test_health_of_a_container(server, moody, tmp_path, monkeypatch):
+    "At the port in use, whichever that is; a full house is well, nobody is not"
+    from rtdetr_kd.serve import main
+    first = tmp_path / "cmdline"
+    monkeypatch.setattr(main, "FIRST", first)
+    def told(port): first.write_bytes(b"\0".join([b"python", b"-m", b"rtdetr_kd.serve", b"--port", b"%d" % port, b""]))
+    told(port_of(server))
+    assert main.health() is None
+    told(port_of(moody))
+    with ThreadPoolExecutor(21) as pool:
+        for _ in range(21): pool.submit(post, moody, mood(200))
+        until(lambda: httpx.get(f"{moody.at}/readyz").status_code == 503, "a full house", 30)
+        assert main.health() is None
+    told(9)
+    with pytest.raises(SystemExit, match="not well"): main.health()
 
 
 def test_the_page_is_package_data():
@@ -749,6 +1001,72 @@ def test_the_page_is_package_data():
     told = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
     assert "page.html" in told["tool"]["setuptools"]["package-data"]["rtdetr_kd.serve"]
     assert (ROOT / "rtdetr_kd/serve/page.html").is_file()
+
+
+SLIM = """
+import sys, re
+import rtdetr_kd.serve.main
+from rtdetr_kd.serve.batching import Limits, prepare_image, Budget
+r = rtdetr_kd.serve.main.open_served(sys.argv[1], threads=1)
+prepare_image("a", open(sys.argv[2], "rb").read(), Limits(), r.size, Budget(10**9))
+heavy = "torch torchvision sklearn pandas matplotlib scipy openvino".split()
+heavy = [m for m in heavy if m in sys.modules]
+print(heavy, int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+def test_a_server_of_onnx_files_is_slim(server):
+    "None of what training needs is imported; less than 300 MB in all"
+    run = [sys.executable, "-c", SLIM, str(ONNX), str(ROOT / "figures/scene.jpg")]
+    r = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert r.stdout.startswith("[] "), r.stdout + r.stderr
+    assert int(r.stdout.split()[1]) < 150
+    assert rss(server) < 450                                               # after all that the tests have sent
+
+
+HANGING = """
+"A server whose decoder hangs"
+import sys, time
+import rtdetr_kd.serve.batching as b
+from rtdetr_kd.serve.main import main
+b.pixels_of = lambda im, data: time.sleep(600)
+main(["--port", sys.argv[1], "--threads", "1", "--max-seconds", "1"])
+"""
+
+
+def test_a_decoder_that_hangs(tmp_path):
+    "One 504, then not ready; told to stop, the server stops"
+    (tmp_path / "hanging.py").write_text(HANGING)
+    with running(script=tmp_path / "hanging.py") as p:
+        check_error(post(p), 504, "timeout")
+        until(lambda: httpx.get(f"{p.at}/readyz").status_code == 503, "not ready")
+        check_error(httpx.get(f"{p.at}/readyz"), 503, "stuck")
+        start = time.perf_counter()
+        p.terminate()
+        p.wait(30)
+        assert time.perf_counter() - start < 10
+
+
+READ_ONLY = """
+"A server that may write nowhere, not even to /tmp"
+import errno, os, sys, tempfile
+def no_writing(event, args):
+    if event != "open" or isinstance(args[0], int) or str(args[0]).startswith("/dev/"): return
+    if (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): raise OSError(errno.EROFS, "read-only", str(args[0]))
+sys.addaudithook(no_writing)
+from rtdetr_kd.serve.main import main
+main(["--port", sys.argv[1], "--threads", "1"])
+"""
+
+
+def test_a_server_that_may_write_nowhere(tmp_path):
+    "It starts, and takes a picture of more than a megabyte, which forms lay on disk elsewhere"
+    (tmp_path / "read_only.py").write_text(READ_ONLY)
+    noise = packed(Image.effect_noise((1200, 1200), 90))
+    with running(script=tmp_path / "read_only.py") as p:
+        assert len(noise) > 1_100_000
+        assert post(p, noise).status_code == 200
+        assert found(p)
 
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from .boxes import draw, hash_label
 from .split import id_array
 from ..files import one_of, write_json
 
@@ -52,7 +49,9 @@ class Detections:
     def __iter__(self): return (self[k] for k in range(len(self)))
     def __repr__(self): return "\n".join([f"{len(self)} detections"] + [
         f"  {n} {s:.2f} at {b.round().astype(int).tolist()}" for n, s, b in zip(self.names, self.scores, self.boxes)])
-    def show(self, ax=None, title=""): return draw(self.image, self.boxes, self.names, self.scores, ax=ax, title=title)
+    def show(self, ax=None, title=""):
+        from rtdetr_kd.data.boxes import draw
+        return draw(self.image, self.boxes, self.names, self.scores, ax=ax, title=title)
 
 # %% ../../nbs/data/16_detections.ipynb #5a7c3c9d
 @patch
@@ -102,11 +101,13 @@ def painted(
     found: Detections,  # in its picture
 ) -> Image.Image:  # of the picture's own size
     "The picture with its boxes, painted in"
+    from matplotlib import colormaps
+    from rtdetr_kd.data.boxes import hash_label
     im = Image.fromarray(np.ascontiguousarray(found.image))
     pen, line = ImageDraw.Draw(im), max(1, round(sum(im.size) / 700))
     font = ImageFont.load_default(max(9, round(sum(im.size) / 90)))
     for x in [found[k] for k in reversed(range(len(found)))]:  # the surest on top
-        colour = tuple(round(255 * v) for v in plt.get_cmap("tab10")(hash_label(x.name))[:3])
+        colour = tuple(round(255 * v) for v in colormaps["tab10"](hash_label(x.name))[:3])
         left, top, right, bottom = x.box.tolist()
         pen.rectangle((left, top, max(right, left), max(bottom, top)), outline=colour, width=line)
         said = f"{x.name} {x.score:.2f}"
@@ -139,8 +140,9 @@ def to_coco(self: Detections,
 
 # %% ../../nbs/data/16_detections.ipynb #99f5650a
 @patch
-def to_pandas(self: Detections) -> pd.DataFrame:  # source, name, score, x1, y1, x2, y2 (pixels), label, category_id
+def to_pandas(self: Detections):  # a DataFrame: source, name, score, x1, y1, x2, y2 (pixels), label, category_id
     "A row for each object"
+    import pandas as pd
     return pd.DataFrame(dict(source=[self.source] * len(self), name=self.names, score=self.scores,
                              **dict(zip(("x1", "y1", "x2", "y2"), self.boxes.reshape(-1, 4).T)), label=self.labels,
                              category_id=self.category_ids))

@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['DEPTHS', 'MAX_PIXELS', 'NO_IMAGE', 'TOO_LARGE', 'opening', 'TURNS', 'GREY', 'DAMAGED', 'COLOUR', 'grey_depth',
            'from_grey', 'as_rgb', 'open_header', 'orientation', 'turn', 'decode_fast', 'pixels_of', 'read_pixels',
-           'open_image', 'kind_of', 'Look', 'digest_of', 'look', 'as_tensor', 'to_square']
+           'is_tensor', 'open_image', 'kind_of', 'Look', 'digest_of', 'look', 'as_tensor', 'to_square']
 
 # %% ../../nbs/data/01_images.ipynb #ff1faca9
-import hashlib, io, threading
+import hashlib, io, sys, threading
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torchvision.transforms import v2
 
 try: import simplejpeg
 except ImportError: simplejpeg = None
@@ -37,9 +34,12 @@ def from_grey(
 ) -> Image.Image:  # mode L
     "A grey image of 16 or 32 bits, scaled to 8; of floats, a `ValueError`"
     if im.mode == "F": raise ValueError("an image of floats has no known range: save it with 8 or 16 bits")
-    x = np.asarray(im).astype(float)
+    x = np.asarray(im)  # (h,w) of uint16 or int32
     most = 2**grey_bits - 1 if im.mode != "I" or x.max() > 255 else 255
-    return Image.fromarray((x / (most / 255)).round().clip(0, 255).astype(np.uint8))
+    table = (np.arange(65536) / (most / 255)).round().clip(0, 255).astype(np.uint8)  # what becomes of each value
+    y = np.empty(x.shape, np.uint8)
+    for k in range(0, len(x), 64): y[k:k + 64] = table[x[k:k + 64].clip(0, 65535)]  # indexing takes 8 bytes a pixel
+    return Image.fromarray(y)
 
 # %% ../../nbs/data/01_images.ipynb #a8f1519b
 def as_rgb(
@@ -130,6 +130,13 @@ def read_pixels(
     if not data: raise ValueError("the file is empty")
     return pixels_of(open_header(io.BytesIO(data), limit), data, upright, grey_bits)
 
+# %% ../../nbs/data/01_images.ipynb #s15a0002
+def is_tensor(
+    x,  # anything
+) -> bool:
+    "Is it a tensor of PyTorch? Who has one has imported that; nobody else need wait for it"
+    return "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
+
 # %% ../../nbs/data/01_images.ipynb #3640a6d4
 def open_image(
     path,  # file, PIL image, or uint8 array (h,w,3) or (h,w)
@@ -138,7 +145,7 @@ def open_image(
     grey_bits: int = 16,  # bits that 16-bit greys use
 ) -> np.ndarray:  # (h,w,3) uint8
     "Any image as 8-bit RGB, of several frames the first. `FileNotFoundError`, `ValueError`"
-    if isinstance(path, Tensor): path = path.detach().cpu().numpy()
+    if is_tensor(path): path = path.detach().cpu().numpy()
     if isinstance(path, np.ndarray):
         if not path.size: raise ValueError(f"an image array of shape {path.shape} has no pixel")
         if path.dtype != np.uint8 or path.ndim not in (2, 3) or path.shape[2:] not in ((), (3,), (4,)):
@@ -206,15 +213,17 @@ def look(
 # %% ../../nbs/data/01_images.ipynb #8dced7d9
 def as_tensor(
     pixels: np.ndarray,  # (h,w,3) uint8
-) -> Tensor:  # (3,h,w) uint8, the memory stays as it is
+):  # tensor (3,h,w) uint8, the memory stays as it is
     "Pixels as a tensor"
+    import torch
     usable = pixels.flags.writeable and all(s > 0 for s in pixels.strides)  # torch takes no flipped arrays
     return torch.from_numpy(pixels if usable else pixels.copy()).permute(2, 0, 1)
 
 # %% ../../nbs/data/01_images.ipynb #7b96e070
 def to_square(
-    image: Tensor,  # (3,h,w) uint8
+    image,  # tensor (3,h,w) uint8
     side: int | tuple,  # pixels; or height and width
-) -> Tensor:  # (3,side,side) uint8
+):  # tensor (3,side,side) uint8
     "The one resize of the project: bilinear with antialiasing, whatever the aspect ratio"
+    from torchvision.transforms import v2
     return v2.functional.resize(image, [side, side] if isinstance(side, int) else [*side], antialias=True)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from .formats import PICTURES
-from .images import MAX_PIXELS, open_header, open_image, pixels_of
+from .images import MAX_PIXELS, is_tensor, open_header, open_image, pixels_of
 
 # %% ../../nbs/data/15_sources.ipynb #829ecff8
 @dataclass
@@ -52,9 +51,9 @@ def from_array(
     bgr: bool = False,  # the channels are blue, green, red, as OpenCV reads them
 ) -> np.ndarray:  # (h,w,3) uint8, RGB
     "An array or a tensor as pixels; `ValueError` where it can be none"
-    if isinstance(x, torch.Tensor):
+    if is_tensor(x):
         x = x.detach().cpu()
-        x = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
+        x = (x.float() if str(x.dtype) in ("torch.float16", "torch.bfloat16") else x).numpy()
         if x.ndim == 3 and x.shape[0] in (1, 3): x = x.transpose(1, 2, 0)
     elif x.ndim == 3 and x.shape[0] in (1, 3) and x.shape[2] not in (1, 3, 4):
         raise ValueError(CHANNELS_FIRST.format(shape=x.shape))
@@ -96,7 +95,7 @@ def one_picture(
     limit: int = MAX_PIXELS,  # pixels; a larger picture is refused
 ) -> np.ndarray:  # (h,w,3) uint8, RGB
     "The pixels of a single picture. `FileNotFoundError`, `ValueError`"
-    if isinstance(source, (np.ndarray, torch.Tensor)): return from_array(source, bgr)
+    if isinstance(source, np.ndarray) or is_tensor(source): return from_array(source, bgr)
     if is_url(source):
         if not urls: raise ValueError(NO_URLS.format(url=source))
         source = fetch_bytes(source)
@@ -154,7 +153,7 @@ def is_one(
     source,  # anything that `read_source` takes
 ) -> bool:
     "Whether a source is a single picture, and not a list, folder, pattern, batch, video or camera"
-    if isinstance(source, (np.ndarray, torch.Tensor)): return source.ndim < 4
+    if isinstance(source, np.ndarray) or is_tensor(source): return source.ndim < 4
     if is_camera(source): return False
     if is_url(source) or isinstance(source, (bytes, bytearray, memoryview, Image.Image)) or hasattr(source, "read"):
         return not (is_url(source) and Path(source.split("?")[0]).suffix.lower() in VIDEOS)

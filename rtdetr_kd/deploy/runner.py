@@ -14,29 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 
 import rtdetr_kd
-from ..data.boxes import to_xyxy
-from ..data.dataset import Images
 from ..data.detections import Detections
 from ..data.finding import Asked, Finder, detect_with
 from ..data.split import Split
-from .graph import POSTS, Deployed
-from ..model.detector import RTDETR, top_detections
-from ..model.weights import load_model, weights_mark
 
 # %% ../../nbs/deploy/01_runner.ipynb #2111ab54
 FORMAT = "rtdetr_kd"  # the key that marks a file as ours
 NO_RECTANGLE = "image_size={size}: graphs are exported for squares; give load_model(…, image_size=<one side>)"
 
 def about_model(
-    model: RTDETR,  # that is exported
+    model,  # the `RTDETR` that is exported
     post: str,  # what the graph gives: a key of `POSTS`
     precision: str,  # what it computes in: fp32, fp16, bf16 or int8
 ) -> dict:  # texts
     "What must travel with an exported model"
+    from rtdetr_kd.model.weights import weights_mark
     s = model.spec
     if not isinstance(s.image_size, int): raise ValueError(NO_RECTANGLE.format(size=s.image_size))
     ids = s.category_ids or list(range(len(s.names)))
@@ -74,6 +69,7 @@ def pictures(
     rows,  # which of the split's images: numbers
 ) -> np.ndarray:  # (n,side,side,3) uint8, RGB
     "Images of a split, as an opened model takes them"
+    from rtdetr_kd.data.dataset import Images
     data = Images(split, side)
     return np.stack([data[int(k)][0].permute(1, 2, 0).numpy() for k in rows])
 
@@ -104,6 +100,9 @@ def decoded(
 ) -> tuple:  # scores (b,k), labels (b,k), boxes (b,k,4) xyxy
     "What a graph gave, by name; logits become detections"
     if "logits" not in out: return tuple(np.asarray(out[k]) for k in ("scores", "labels", "boxes"))
+    import torch
+    from rtdetr_kd.data.boxes import to_xyxy
+    from rtdetr_kd.model.detector import top_detections
     logits, boxes = (torch.from_numpy(np.ascontiguousarray(out[k])).float() for k in ("logits", "boxes"))
     s, c, b = top_detections(logits, boxes)
     return s.numpy(), c.numpy(), to_xyxy(b).clamp(0, 1).numpy()
@@ -281,6 +280,7 @@ def torch_threads(
     n: int,  # of the CPU; 0: as they are
 ):
     "With so many threads of PyTorch, and then as before"
+    import torch
     before = torch.get_num_threads()
     if n: torch.set_num_threads(n)
     try: yield
@@ -288,14 +288,14 @@ def torch_threads(
 
 # %% ../../nbs/deploy/01_runner.ipynb #6019d74a
 def to_numpy(
-    v: torch.Tensor,  # of any type
+    v,  # a tensor of any type
 ) -> np.ndarray:  # float32, or integers as they were
     "A result on the CPU"
     return v.float().cpu().numpy() if v.is_floating_point() else v.cpu().numpy()
 
 # %% ../../nbs/deploy/01_runner.ipynb #c0226229
 def run_torch(
-    model: RTDETR,  # in memory
+    model,  # an `RTDETR` in memory
     threads: int = 0,  # of the CPU; 0: as they are
     device: str = "cpu",  # cpu or cuda
     precision: str = "",  # fp32, or bf16 by autocast
@@ -303,6 +303,8 @@ def run_torch(
     path="",  # of its weights, for complaints
 ) -> Runner:
     "A network, run by PyTorch"
+    import torch
+    from rtdetr_kd.deploy.graph import POSTS, Deployed
     if precision not in ("", "fp32", "bf16"):
         raise ValueError(f"precision={precision!r}: PyTorch runs weights in fp32 or bf16")
     net, about = Deployed(model).to(device), about_model(model, "fractions", precision or "fp32")
@@ -323,6 +325,7 @@ def open_torch(
     compiled: bool = False,  # by torch.compile
 ) -> Runner:
     "Weights, run by PyTorch"
+    from rtdetr_kd.model.weights import load_model
     return run_torch(load_model(path), threads, device, precision, compiled, path)
 
 # %% ../../nbs/deploy/01_runner.ipynb #5c65f210
@@ -349,5 +352,5 @@ def open_file(
 ) -> Runner:
     "A file that runs without TensorRT, ready to run; `FileNotFoundError` or `ValueError`, one sentence each"
     if isinstance(model, Runner): return model
-    if isinstance(model, RTDETR): return run_torch(model, threads, **options)
+    if hasattr(model, "forward"): return run_torch(model, threads, **options)
     return opener_of(model)(model, threads, **options)
