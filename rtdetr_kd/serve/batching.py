@@ -104,10 +104,11 @@ def read_header(
 def decode_image(
     data: bytes,  # of a file
     limits: Limits,  # on pixels and sides, checked before anything is unfolded
+    grey_bits: int = 0,  # bits that 16-bit greys use, as the model knows; 0: by their highest value
 ) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
     "The bytes of a file as pixels, first frame only; `Refused` if they are none"
     im = read_header(data, limits)
-    try: return pixels_of(im, data), orientation(im)
+    try: return pixels_of(im, data, grey_bits=grey_bits), orientation(im)
     except Exception: raise Refused(400, "undecodable", UNDECODABLE.format(format=im.format)) from None
 
 # %% ../../nbs/serve/00_batching.ipynb #44335f65
@@ -429,9 +430,10 @@ def prepare_image(
     data: bytes,  # of a file
     limits: Limits,  # on pixels and sides
     size: int,  # side of the model's square, pixels
+    grey_bits: int = 0,  # as for `decode_image`
 ) -> tuple:  # (size,size,3) uint8, `Seen`
     "A file as the model takes it, and what the answer has to know of it; `Refused`"
-    image, turn = decode_image(data, limits)
+    image, turn = decode_image(data, limits, grey_bits)
     h, w = image.shape[:2]
     return model_input(image, size), Seen(name, w, h, turn)
 
@@ -444,14 +446,14 @@ async def detect_image(
     draw: bool = False,  # the picture itself, as a JPEG
 ):  # dict, list or bytes
     "One picture: bytes to an answer; `Refused` with its name"
-    runner, limits = service.worker.runner, service.limits
+    runner, limits, bits = service.worker.runner, service.limits, service.worker.runner.grey_bits
     def finish():
         rows, bad = select_detections(out, seen.width, seen.height, asked)
         service.metrics.nonfinite.inc(bad)
-        if draw: return picture_with_boxes(decode_image(data, limits)[0], rows, runner.names)
+        if draw: return picture_with_boxes(decode_image(data, limits, bits)[0], rows, runner.names)
         return as_coco(rows, name, runner) if asked.format == "coco" else as_json(rows, seen, runner)
     try:
-        x, seen = await service.in_pool("decode", lambda: prepare_image(name, data, limits, runner.size))
+        x, seen = await service.in_pool("decode", lambda: prepare_image(name, data, limits, runner.size, bits))
         out = await asyncio.wrap_future(service.worker.put(x))
         answer = await service.in_pool("encode", finish) if draw else service.timed("encode", finish)
     except Refused as e:
