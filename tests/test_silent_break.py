@@ -50,7 +50,8 @@ def first(**changes):
 
 ODD = {
     "brackets": (b'{"images":' + b"[" * 10**5, "not readable JSON", None),
-    "brackets inside": (b'{"images":[],"annotations":[],"categories":' + b"[" * 5000 + b"]" * 5000 + b"}", "JSON", None),
+    "brackets inside": (
+        b'{"images":[],"annotations":[],"categories":' + b"[" * 5000 + b"]" * 5000 + b"}", "JSON", None),
     "mask of a million megapixels": (
         first(bbox=None, segmentation=dict(size=[10**6, 10**6], counts=[0, 10**12])), "box outside its image", 7),
     "mask of runs below 0": (
