@@ -482,7 +482,8 @@ def test_pictures_are_drawn_as_they_were_labelled(tmp_path):
     "Reports and galleries show the pixels that the boxes lie on, turned or not, and no black ones"
     from rtdetr_kd.data.audit import pixels_in
 
-    f = folder_of(tmp_path, images=[image(1, "1.jpg"), image(2, "2.png")], anns=[ann(1, box=(60, 50, 30, 20)), ann(2, 2)])
+    two = [ann(1, box=(60, 50, 30, 20)), ann(2, 2)]
+    f = folder_of(tmp_path, images=[image(1, "1.jpg"), image(2, "2.png")], anns=two)
     turned(f / "images/train", 6, "1.jpg")
     twelve_bits(f)
     s = load_data(str(f))["train"]
