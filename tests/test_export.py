@@ -229,15 +229,13 @@ def test_the_command(tmp_path, tiny):
     assert open_model(tmp_path / "x.xml").precision.startswith("int8")
 
 
-def test_nothing_compared_is_an_error(tmp_path):
+def test_nothing_compared_is_an_error():
     "Two networks that have never met, and find nothing: `matched: 0` is no agreement"
-    from rtdetr_kd.deploy.export import write_onnx
     from rtdetr_kd.deploy.verify import check_export
     from rtdetr_kd.props import tiny
     a, b = tiny(0, 128), tiny(1, 128)
-    file = write_onnx(a, tmp_path / "a.onnx")
     for weights in (b, a):
-        with pytest.raises(ValueError, match="nothing was compared"): check_export(file, weights, twelve())
+        with pytest.raises(ValueError, match="nothing was compared"): check_export(a, weights, twelve())
 
 
 def test_pictures_without_objects_come_last(files):
@@ -283,6 +281,30 @@ def test_an_official_checkpoint_is_compared_with_pytorch(tmp_path):
     assert check_export(tmp_path / "t.onnx", other, split)["matched"] > 3
     torch.nn.init.normal_(other.decoder.dec_score_head[-1].weight)
     with pytest.raises(ValueError, match="does not find"): check_export(tmp_path / "t.onnx", other, split)
+
+
+@pytest.mark.parametrize("kind", ["pth", "folder", "own"])
+def test_the_command_exports_at_the_size_that_is_asked_for(tmp_path, kind, monkeypatch):
+    "Weights that say 640, or nothing; what is written is stood in for, as it takes long"
+    import torch
+    from rtdetr_kd.command import main
+    from rtdetr_kd.deploy import export
+    from rtdetr_kd.model.detector import RTDETR, Spec
+    from rtdetr_kd.model.foreign_weights import save_huggingface
+    from rtdetr_kd.model.weights import save_model
+    torch.manual_seed(0)
+    m = RTDETR(Spec(["x", "y"], width=16, d=64, d_ff=64, expansion=.5, layers=2, queries=20, image_size=640)).eval()
+    path = tmp_path / dict(pth="w.pth", folder="theirs", own="w.safetensors")[kind]
+    if kind == "folder": save_huggingface(m, path)
+    elif kind == "pth": torch.save(dict(model=m.state_dict()), path)
+    else: save_model(m, path)
+    sides = []
+    monkeypatch.setattr(
+        export, "write_onnx", lambda m, p, *a, **k: p.write_text("") or sides.append(export.example_inputs(
+            m.spec.image_size, "fractions")[0][0].shape[1:]))
+    main(["export", str(path), "--to", str(tmp_path / "w.onnx"), "--image_size", "96"])
+    main(["export", str(path), "--to", str(tmp_path / "w.onnx")])
+    assert sides == [(96, 96, 3), (640, 640, 3)]
 
 
 def test_ones_own_student_brings_its_data(tmp_path, tiny):

@@ -391,6 +391,107 @@ def test_greys_of_fewer_bits_than_their_file(tmp_path, times, bits):
     assert int(seen.max()) == peaks[0]
 
 
+def twelve_bits(f, split="train"):
+    "Pictures of that split as a 12-bit camera writes them: the same scene, once half as bright"
+    scene = np.tile(np.linspace(0, 255, 100), (80, 1)).astype(np.uint16)
+    for k in (1, 2):
+        Image.fromarray(scene // k * 16).save(f / f"images/{split}/{k}.png")
+    return f
+
+
+def pixels_at_inference(detector, source, **how):
+    "What a detector is shown of a picture"
+    return detector.detect(source, threshold=0, **how).image
+
+
+@pytest.fixture(scope="module")
+def twelve_bit_student(tmp_path_factory):
+    "A student of such a set, as a run builds it: its weights and its ONNX file"
+    from rtdetr_kd.deploy.export import write_onnx
+    from rtdetr_kd.model.weights import load_model, save_model
+    from rtdetr_kd.props import short_run
+    from rtdetr_kd.train.step import build_student
+
+    to = tmp_path_factory.mktemp("twelve")
+    f = twelve_bits(folder_of(to, images=[image(1), image(2)], anns=[ann(1), ann(2, 2)]))
+    train = load_data(str(f))["train"]
+    m = build_student(short_run(data=str(f), size="toy", image_size=64), train, torch.device("cpu"), False)
+    save_model(m, to / "w.safetensors")
+    write_onnx(load_model(to / "w.safetensors"), to / "w.onnx")
+    return train, to
+
+
+@pytest.mark.parametrize("file", ["w.safetensors", "w.onnx"])
+def test_the_depth_travels_with_the_weights(twelve_bit_student, file):
+    "A picture is read in use as it was in training, whatever its own highest value; from a path, PIL and bytes"
+    from rtdetr_kd.deploy.judge import open_any
+
+    train, to = twelve_bit_student
+    detector = open_any(to / file)
+    assert train.grey_bits == detector.grey_bits == 12
+    for k in (0, 1):
+        path = train.folder / train.files[k]
+        seen = Images(train, 64).read(k).permute(1, 2, 0).numpy()
+        assert seen.max() == (254, 127)[k]
+        for source in (path, Image.open(path), path.read_bytes()):
+            assert (pixels_at_inference(detector, source) == seen).all()
+    assert pixels_at_inference(detector, path, grey_bits=16).max() == 8  # who says it is heard
+    Image.fromarray(np.full((80, 100), 5000, np.uint16)).save(to / "other.png")
+    with pytest.raises(ValueError, match="beyond the 12 bits that are expected: grey_bits=14 reads it"):
+        detector.detect(to / "other.png")
+
+
+def test_the_server_reads_the_depth_of_its_weights(twelve_bit_student):
+    from rtdetr_kd.deploy.open import open_model
+    from rtdetr_kd.serve.batching import Budget, Limits, prepare_image
+
+    train, to = twelve_bit_student
+    r = open_model(to / "w.onnx")
+    data = (train.folder / "2.png").read_bytes()
+    assert prepare_image(None, data, Limits(), 64, Budget(10**9), r.grey_bits)[0].max() in range(124, 128)
+
+
+def test_a_depth_that_nobody_knows_is_said_and_never_black(tmp_path):
+    "Weights that have never seen such a file: the picture's own highest value, and a warning"
+    from rtdetr_kd.props import tiny
+
+    for most, seen in ((200, 200), (900, 224), (4080, 254), (5000, 78)):
+        Image.fromarray(np.linspace(0, most, 8000).reshape(80, 100).astype(np.uint16)).save(tmp_path / "x.png")
+        with pytest.warns(UserWarning, match=f"its highest value is {most}"):
+            assert pixels_at_inference(tiny(), tmp_path / "x.png").max() == seen
+    Image.fromarray(np.full((80, 100), 70000, np.int32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match="greys up to 70000 have no known range"):
+        tiny().detect(tmp_path / "x.tif")
+
+
+def test_a_set_is_judged_with_the_depth_of_the_weights(twelve_bit_student, tmp_path, monkeypatch):
+    "A dark test set alone would be taken for one of ten bits"
+    import rtdetr_kd.deploy.judge as judge
+
+    _, to = twelve_bit_student
+    f = folder_of(tmp_path, images=[image(1), image(2)], anns=[ann(1), ann(2, 2)])
+    for k in (1, 2):
+        Image.fromarray(np.full((80, 100), 900 + k, np.uint16)).save(f / f"images/train/{k}.png")
+    split, seen = load_data(str(f))["train"], []
+    monkeypatch.setattr(judge, "predict", lambda m, s, *a, **k: seen.append(s.grey_bits) or [])
+    judge.found_by(judge.open_any(to / "w.safetensors"), split)
+    assert (split.grey_bits, seen) == (10, [12])
+
+
+def test_pictures_are_drawn_as_they_were_labelled(tmp_path):
+    "Reports and galleries show the pixels that the boxes lie on, turned or not, and no black ones"
+    from rtdetr_kd.data.audit import pixels_in
+
+    two = [ann(1, box=(60, 50, 30, 20)), ann(2, 2)]
+    f = folder_of(tmp_path, images=[image(1, "1.jpg"), image(2, "2.png")], anns=two)
+    turned(f / "images/train", 6, "1.jpg")
+    twelve_bits(f)
+    s = load_data(str(f))["train"]
+    assert pixels_in(s, 0)[52:68, 62:88].min() > 250  # stored 100 wide, as labelled
+    assert pixels_in(s, 1).max() > 120
+    check(f, progress=False).show()
+
+
 # --- COCO's objects --------------------------------------------------------------------------------
 
 
@@ -638,6 +739,48 @@ def test_the_settings_are_checked_before_a_run(tmp_path):
         with pytest.raises(ValueError, match=next(iter(bad))):
             configure(**bad)
     assert configure(boxes="xyxy", limits="flat=.1").boxes == "xyxy"
+
+
+def corners(to):
+    "The embedded scenes, small, with boxes written as corners"
+    f = scenes(to, train=12, select=4, val=4)
+    for p in (f / "annotations").glob("*.json"):
+        d = json.loads(p.read_text())
+        for a in d["annotations"]:
+            x, y, w, h = a["bbox"]
+            a["bbox"] = [x, y, x + w, y + h]
+        p.write_text(json.dumps(d))
+    return f
+
+
+def test_what_reads_the_data_of_a_run_reads_all_of_its_data(tmp_path, capsys):
+    "evaluate, export and bench, a table of files, and the notebooks beside train, on boxes written as corners"
+    from conftest import ROOT
+    from rtdetr_kd.command import main, split_of
+    from rtdetr_kd.deploy.latency import evaluate_file
+    from rtdetr_kd.model.weights import load_model
+
+    f, student = corners(tmp_path / "d"), ROOT / "weights/toy_student.safetensors"
+    with pytest.raises(SystemExit, match="give boxes='xyxy'"):
+        main(["evaluate", str(student), str(f)])
+    main(["evaluate", str(student), str(f), "--boxes", "xyxy"])
+    val = split_of(str(f), "val", boxes="xyxy")
+    ap = evaluate(load_model(student), val)[0]["AP"]
+    assert f"{ap:.3f}"[1:] in capsys.readouterr().out
+    assert evaluate_file(student, str(f), how=dict(boxes="xyxy"))["AP"] == pytest.approx(ap, abs=2e-3)
+    for name, given, read in (("attention", dict(data=str(f), boxes="xyxy", row=1), "val = load_data("),
+                              ("export_model", dict(data=str(f), boxes="xyxy"), "splits = load_data(")):
+        cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text())["cells"]
+        names = dict(__name__="notebook")
+        for c in cells:
+            source = "".join(c["source"])
+            if c["cell_type"] == "code":
+                exec(source, names)
+            names |= given if "parameters" in c["metadata"].get("tags", ()) else {}
+            if read in source:
+                break
+        got = names.get("val") or names["splits"]["val"]
+        assert np.allclose(got.boxes, val.boxes), name
 
 
 def test_as_xywh_has_one_meaning():

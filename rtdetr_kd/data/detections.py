@@ -78,6 +78,7 @@ def class_numbers(
     if classes is None: return None
     out = set()
     for c in [classes] if isinstance(classes, (str, int)) else classes:
+        if isinstance(c, str) and c not in known and c.isdecimal(): c = int(c)  # a name first: a class may be called 3
         if isinstance(c, str): one_of("classes", c, known)
         elif not 0 <= int(c) < len(known): raise ValueError(NO_CLASS_NUMBER.format(c=c, last=len(known) - 1))
         out |= {k for k, n in enumerate(known) if n == c} if isinstance(c, str) else {int(c)}

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOST_COMPARED', 'OTHER_NAMES', 'NOT_BESIDE', 'BAD_SHARES', 'TOO_FEW', 'look_bits', 'lookalikes', 'wanting', 'deal',
-           'heap_of', 'shares_of', 'divide']
+           'heap_of', 'all_splits', 'shares_of', 'divide']
 
 # %% ../../nbs/data/18_dividing.ipynb #83eae6f2
-import os
+import os, warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from .formats import HEAP, read_split
 from .images import open_image
-from .report import data_folder, read_splits, write_copy
+from .report import NO_SPLIT, data_folder, read_splits, write_copy
 from .split import Split, id_array, part, refuse
 from .written import Reading
 
@@ -98,6 +99,21 @@ def heap_of(
     ids = id_array(ids if len({*ids}) == len(ids) else list(range(1, len(ids) + 1)))
     return replace(a, name="all", files=files, ids=ids, sizes=sizes, start=start, measured=None, digests=[], **joined)
 
+# %% ../../nbs/data/18_dividing.ipynb #a115p001
+def all_splits(
+    folder: Path,  # of a data set
+    how: Reading,  # where its files leave something open
+) -> dict:  # name -> Split; ValueError where one cannot be read
+    "The splits of a folder, or the heap that it is"
+    splits, errors = read_splits(folder, how)
+    broken = [e for e in errors if not e.startswith(NO_SPLIT.split("{")[0])]
+    if broken: raise ValueError("; ".join(broken))  # what is lost here would be lost in all parts
+    if not splits and (heap := read_split(folder, HEAP, stop=False, how=how)): splits = {HEAP: heap}
+    for k, x in splits.items(): refuse(x.problems, False, f"{folder} ({k})")
+    if not splits: raise ValueError("; ".join(errors))
+    return splits
+
+
 # %% ../../nbs/data/18_dividing.ipynb #72d1c933
 NOT_BESIDE = "to={to!r}: that folder is not empty, and nothing of yours is overwritten; give a new one"
 BAD_SHARES = "the shares of {parts} must lie between 0 and 1 and leave something for train, not {shares}"
@@ -127,11 +143,10 @@ def divide(
     to, shares = Path(to or f"{folder}-split").expanduser(), shares_of(select=select, val=val, test=test)
     if not folder.is_dir(): raise FileNotFoundError(f"there is no folder {folder}")
     if to.exists() and any(to.iterdir()): raise ValueError(NOT_BESIDE.format(to=str(to)))
-    splits, errors = read_splits(folder, Reading(boxes, limits))
-    for k, x in splits.items(): refuse(x.problems, False, f"{folder} ({k})")
-    if not splits: raise ValueError("; ".join(errors))
-    s = heap_of(splits, folder)
-    group = lookalikes(np.stack([look_bits(open_image(s.folder / f)) for f in s.files]))
+    s = heap_of(all_splits(folder, Reading(boxes, limits)), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each 16-bit grey by its own highest value: only its pattern counts here
+        group = lookalikes(np.stack([look_bits(open_image(s.folder / f)) for f in s.files]))
     if len(np.unique(group)) < len(shares):
         raise ValueError(TOO_FEW.format(folder=folder, n=len(s), g=len(np.unique(group)), p=len(shares)))
     counts = np.stack([np.bincount(s.labels[s.of(k)], minlength=len(s.names)) for k in range(len(s))])

@@ -154,7 +154,7 @@ def find(
     f: Finder,  # the detector
     source,  # as for `read_source`
     asked: Asked,  # what is wanted
-    **how,  # bgr, urls: of `read_source`
+    **how,  # bgr, urls, grey_bits: of `read_source`
 ):  # Detections, one picture after the other
     "What is found in a source, as a stream"
     if asked.batch < 1: raise ValueError(f"batch={asked.batch}: must be 1 or more")
@@ -175,7 +175,7 @@ def detect_with(
     source,  # as for `read_source`
     asked: Asked,  # what is wanted
     stream: bool = False,  # one after the other, as they are found
-    **how,  # bgr, urls: of `read_source`
+    **how,  # bgr, urls, grey_bits: of `read_source`
 ):  # Detections for a single picture; a list for many; a generator with `stream`
     "What `detect` gives, on every runtime"
     if stream: return find(f, source, asked, **how)

@@ -93,6 +93,7 @@ def one_picture(
     bgr: bool = False,  # arrays and tensors have blue first
     urls: bool = True,  # addresses may be fetched
     limit: int = MAX_PIXELS,  # pixels; a larger picture is refused
+    grey_bits: int = 0,  # bits that 16-bit greys use; 0: by their highest value
 ) -> np.ndarray:  # (h,w,3) uint8, RGB
     "The pixels of a single picture. `FileNotFoundError`, `ValueError`"
     if isinstance(source, np.ndarray) or is_tensor(source): return from_array(source, bgr)
@@ -101,10 +102,10 @@ def one_picture(
         source = fetch_bytes(source)
     if hasattr(source, "read"): source = source.read()
     if isinstance(source, (bytes, bytearray, memoryview)):
-        try: return pixels_of(open_header(io.BytesIO(source), limit), bytes(source))
+        try: return pixels_of(open_header(io.BytesIO(source), limit), bytes(source), grey_bits=grey_bits)
         except (OSError, SyntaxError, ValueError, EOFError) as e:
             raise ValueError(f"these bytes cannot be read as an image ({e})") from None
-    return open_image(source, limit=limit)
+    return open_image(source, limit=limit, grey_bits=grey_bits)
 
 # %% ../../nbs/data/15_sources.ipynb #30d880e0
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv"}
@@ -169,7 +170,7 @@ NO_SOURCE = ("a source is a path, folder, pattern, address, video, camera:0, byt
 def named_picture(
     source,  # a single picture
     k: int,  # its number
-    **how,  # bgr, urls, limit: of `one_picture`
+    **how,  # bgr, urls, limit, grey_bits: of `one_picture`
 ) -> Picture:
     "A picture with its name"
     file = isinstance(source, (str, Path)) and not is_url(source)
@@ -183,9 +184,10 @@ def read_source(
     bgr: bool = False,  # arrays and tensors have blue first, as OpenCV reads them
     urls: bool = True,  # addresses may be fetched
     limit: int = MAX_PIXELS,  # pixels; a larger picture is refused
+    grey_bits: int = 0,  # bits that 16-bit greys use; 0: by their highest value
 ) -> Iterator:  # of Picture
     "One picture after the other, none before it is asked for. `FileNotFoundError`, `ValueError`"
-    how = dict(bgr=bgr, urls=urls, limit=limit)
+    how = dict(bgr=bgr, urls=urls, limit=limit, grey_bits=grey_bits)
     if isinstance(source, Picture): yield source
     elif is_one(source): yield named_picture(source, 0, **how)
     elif is_camera(source) or isinstance(source, (str, Path)) and Path(source).suffix.lower() in VIDEOS:

@@ -46,7 +46,7 @@ class Split:
     unsure: list = field(default_factory=list)  # positions of images whose boxes cannot be trusted
     digests: list = field(default_factory=list)  # of each image's content, once it was looked at
     measured: np.ndarray | None = None  # (n,) the size is the file's, as no annotation says one
-    grey_bits: int = 16  # bits that 16-bit greys of this data set use
+    grey_bits: int = 0  # bits that 16-bit greys of this data set use; 0: it has none
 
     def __len__(self): return len(self.ids)
     def of(self, k: int) -> slice: return slice(self.start[k], self.start[k + 1])

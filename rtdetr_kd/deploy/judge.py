@@ -9,6 +9,7 @@ __all__ = ['NO_CLASS_OF', 'NOT_OUR_WEIGHTS', 'NO_HEADER', 'open_any', 'same_clas
 # %% ../../nbs/deploy/11_judge.ipynb #ecddcc1e
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ def found_by(
 ) -> list:  # COCO's result format
     "What a detector finds in all images of a split"
     classes = same_classes(detector.names, split)
+    split = replace(split, grey_bits=detector.grey_bits or split.grey_bits)  # read as in its training
     if isinstance(detector, Runner): return detections(detector, split, batch, classes=classes)
     return predict(detector, split, batch, classes=classes)
 

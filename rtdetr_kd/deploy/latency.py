@@ -29,10 +29,11 @@ def evaluate_file(
     data: str = "toy",  # toy, coco, or a folder in COCO's format
     split: str = "val",  # train, select or val
     batch: int = 8,  # images in a call
+    how: dict | None = None,  # how the data is to be read: exif, boxes, limits, outside of `load_data`
     **options,  # for `open_model`: threads, device, precision
 ) -> dict:  # COCO's twelve figures
     "AP of an exported file"
-    return runner_ap(open_model(path, **options), load_data(data)[split], batch)
+    return runner_ap(open_model(path, **options), load_data(data, **how or {})[split], batch)
 
 # %% ../../nbs/deploy/10_latency.ipynb #cbd4d6f3
 def race(

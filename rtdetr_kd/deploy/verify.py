@@ -7,6 +7,7 @@ __all__ = ['NOT_THE_SAME', 'NOTHING_FOUND', 'NO_DATA', 'NOT_HERE', 'CARD', 'over
            'detections', 'runner_ap', 'check_export', 'trained_on', 'card_text', 'write_card']
 
 # %% ../../nbs/deploy/03_verify.ipynb #e1ee58ad
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def runner_ap(
     lost = [n for n in split.names if n not in runner.names]
     if lost: raise ValueError(f"the model does not know the class {lost[0]!r} of the split '{split.name}': "
                               f"it knows {', '.join(runner.names[:12])}")
+    split = replace(split, grey_bits=runner.grey_bits or split.grey_bits)  # read as in its training
     at = {k: split.names.index(n) for k, n in enumerate(runner.names) if n in split.names}
     return coco_ap(ground_truth(split), detections(runner, split, batch, classes=at))
 

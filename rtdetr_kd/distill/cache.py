@@ -102,7 +102,7 @@ def same_pixels(
 ) -> str:  # 24 hexadecimal digits
     "A fingerprint of what the network will see: pixels, boxes (they steer the crops), size, augmentation and its seed"
     s, h = images.split, hashlib.sha256()
-    h.update(f"{contents_of(s)} {s.exif} {s.grey_bits} {s.sizes.tolist()}".encode())
+    h.update(f"{contents_of(s)} {s.exif} {s.grey_bits or 16} {s.sizes.tolist()}".encode())
     for v in (s.boxes, s.labels, s.crowd): h.update(v.tobytes())
     h.update(f"{images.side} {images.augment!r} {images.seed if images.augment else ''}".encode())
     return h.hexdigest()[:24]

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from ..data.audit import pixels_in
 from ..data.boxes import draw
-from ..data.images import open_image
 from ..data.split import Split
 from .curves import Matched, by_image
 from .evaluate import curve, edges
@@ -165,7 +165,7 @@ def worst_pictures(
     fig, axs = plt.subplots(2, len(rows), figsize=(2.3 * len(rows), 4.9), squeeze=False)
     for r, (top, low) in zip(rows.itertuples(), axs.T):
         k = at[r.image_id]
-        image, own = open_image(split.folder / split.files[k]), split.of(k)
+        image, own = pixels_in(split, k), split.of(k)
         names = [split.names[c] for c in split.labels[own]]
         draw(image, split.boxes[own], names, ax=top, title=f"truth: {split.files[k][-22:]}")
         mine = (m.d.cell % len(m.images) == m.images.index(r.image_id)) & (m.d.score >= least[m.label])

@@ -385,7 +385,7 @@ def read_folder(
     return state, replace(
         spec, **discrete, heads=c.get("decoder_attention_heads", 8), queries=c.get("num_queries", 300),
         points=c.get("decoder_n_points", 4), denoising=c.get("num_denoising", 100) if spec.denoising else 0,
-        image_size=side, category_ids=list(ids)), {}
+        image_size=side, category_ids=list(ids), grey_bits=c.get("grey_bits", 0)), {}
 
 # %% ../../nbs/model/07_foreign_weights.ipynb #d4c988b2
 NOT_IN_HF = ("Hugging Face's RT-DETR has a ResNet-vd backbone, deformable attention and 3 RepVGG blocks a fusion block "
@@ -413,7 +413,7 @@ def hf_config(
         num_feature_levels=s.levels, decoder_n_points=s.points, decoder_layers=s.layers,
         decoder_attention_heads=s.heads, num_denoising=s.denoising)
     names = dict(id2label={str(k): n for k, n in enumerate(s.names)}, label2id={n: k for k, n in enumerate(s.names)},
-                 category_ids=s.category_ids)
+                 category_ids=s.category_ids, grey_bits=s.grey_bits)
     kind = dict(model_type="rt_detr", architectures=["RTDetrForObjectDetection"], backbone_config=body)
     return kind | encoder | decoder | names
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'NOT_AN_IMAGE', 'PHONE', 'TOO_MANY_PIXELS', 'TOO_MANY_SCANS', 'UNDECODABLE', 'BUSY', 'MARKER', 'SEGMENTS',
            'BRANDS', 'NOT_FINITE', 'CONSTANT', 'CORES', 'log', 'Limits', 'Refused', 'check_scans', 'unread',
-           'read_header', 'pixels_in', 'decode_image', 'Budget', 'model_input', 'Metrics', 'Waiting', 'Worker',
+           'read_header', 'unfold', 'decode_image', 'Budget', 'model_input', 'Metrics', 'Waiting', 'Worker',
            'check_answer', 'warm_up', 'DetectQuery', 'select_detections', 'Seen', 'as_coco', 'as_json',
            'picture_with_boxes', 'quota', 'usable_cores', 'Service', 'prepare_image', 'draw_again', 'detect_image']
 
@@ -117,21 +117,24 @@ def read_header(
     return im
 
 # %% ../../nbs/serve/00_batching.ipynb #206ccf8e
-def pixels_in(
+def unfold(
     im: Image.Image,  # from `read_header`
     data: bytes,  # of the file
+    grey_bits: int = 0,  # bits that 16-bit greys use, as the model knows; 0: by their highest value
 ) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
-    "A picture, unfolded; `Refused` if that cannot be done"
-    try: return pixels_of(im, data), orientation(im)
+    "A picture's pixels; `Refused` if there are none"
+    try: return pixels_of(im, data, grey_bits=grey_bits), orientation(im)
     except Exception: raise Refused(400, "undecodable", UNDECODABLE.format(format=im.format)) from None
+
 
 # %% ../../nbs/serve/00_batching.ipynb #s15h0010
 def decode_image(
     data: bytes,  # of a file
     limits: Limits,  # on pixels and sides, checked before anything is unfolded
+    grey_bits: int = 0,  # as for `unfold`
 ) -> tuple:  # (h,w,3) uint8 as a person sees it, EXIF orientation
     "The bytes of a file as pixels, first frame only; `Refused` if they are none"
-    return pixels_in(read_header(data, limits), data)
+    return unfold(read_header(data, limits), data, grey_bits)
 
 # %% ../../nbs/serve/00_batching.ipynb #s15b0004
 class Budget:
@@ -500,11 +503,12 @@ def prepare_image(
     limits: Limits,  # on pixels and sides
     size: int,  # side of the model's square, pixels
     budget: Budget,  # of pixels that are being decoded
+    grey_bits: int = 0,  # as for `unfold`
 ) -> tuple:  # (size,size,3) uint8, `Seen`
     "A file as the model takes it, and what the answer has to know of it; `Refused`"
     im = read_header(data, limits)
     with budget.take(im.width * im.height):
-        image, turn = pixels_in(im, data)
+        image, turn = unfold(im, data, grey_bits)
         h, w = image.shape[:2]
         return model_input(image, size), Seen(name, w, h, turn)
 
@@ -533,10 +537,11 @@ def draw_again(
     budget: Budget,  # of pixels that are being decoded
     rows: list,  # from `select_detections`
     names: list,  # of the classes
+    grey_bits: int = 0,  # as for `unfold`
 ) -> bytes:  # a JPEG file
     "The picture with its boxes, decoded a second time"
     im = read_header(data, limits)
-    with budget.take(im.width * im.height): return picture_with_boxes(pixels_in(im, data)[0], rows, names)
+    with budget.take(im.width * im.height): return picture_with_boxes(unfold(im, data, grey_bits)[0], rows, names)
 
 # %% ../../nbs/serve/00_batching.ipynb #fdf690f7
 async def detect_image(
@@ -547,14 +552,15 @@ async def detect_image(
     draw: bool = False,  # the picture itself, as a JPEG
 ):  # dict, list or bytes
     "One picture: bytes to an answer; `Refused` with its name"
-    runner, limits = service.worker.runner, service.limits
+    runner, limits, bits = service.worker.runner, service.limits, service.worker.runner.grey_bits
     def finish():
         rows, bad = select_detections(out, seen.width, seen.height, asked)
         service.metrics.nonfinite.inc(bad)
-        if draw: return draw_again(data, limits, service.decoding, rows, runner.names)
+        if draw: return draw_again(data, limits, service.decoding, rows, runner.names, bits)
         return as_coco(rows, asked.image_id, runner) if asked.format == "coco" else as_json(rows, seen, runner)
     try:
-        out, seen = await service.through(lambda: prepare_image(name, data, limits, runner.size, service.decoding))
+        look = lambda: prepare_image(name, data, limits, runner.size, service.decoding, bits)
+        out, seen = await service.through(look)
         answer = await service.in_pool("encode", finish) if draw else service.timed("encode", finish)
     except Refused as e:
         service.metrics.images.labels(e.code).inc()

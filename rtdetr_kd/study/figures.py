@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from ..files import any_letter, root, write_json
+from ..data.audit import pixels_in
 from ..data.dataset import load_data
-from ..data.images import open_image
 from ..model.detector import RTDETR
 from .grid import spoken
 from .records import log_of, published_folder, record, runs_of_study
@@ -248,7 +248,7 @@ def draw_examples(
     with plt.rc_context(STYLE):
         fig, axs = plt.subplots(len(picked), 3, figsize=(WIDTH, WIDTH / 3 * len(picked) + .15), squeeze=False)
         for row, (k, s, t) in zip(axs, picked):
-            own, image = split.of(k), open_image(split.folder / split.files[k])
+            own, image = split.of(k), pixels_in(split, k)
             sides = (split.boxes[own], [split.names[c]
                                         for c in split.labels[own]]), (t.boxes, t.names), (s.boxes, s.names)
             for ax, (boxes, names) in zip(row, sides): draw_boxes(ax, image, boxes, names)

@@ -37,12 +37,13 @@ def build_model(
     c: Config,  # size, image_size, queries, attention, seed, pretrained, init and checkpoint count
     names: list,  # class names
     category_ids: list,  # of the data set
+    grey_bits: int = 0,  # that the data set's 16-bit greys use
 ) -> RTDETR:
     "The student: from scratch, on an ImageNet backbone, or from `init`"
     spec = dict(SIZES[c.size]) if c.size in SIZES else dict(backbone=c.size, expansion=.5, layers=3)
     spec |= dict(image_size=c.image_size, queries=c.queries, attention=c.attention)
     torch.manual_seed(c.seed)
-    model = RTDETR(Spec(names, category_ids=category_ids, **spec), c.pretrained)
+    model = RTDETR(Spec(names, category_ids=category_ids, grey_bits=grey_bits, **spec), c.pretrained)
     if c.init: print(init_from(model, c.init), flush=True)
     return model.recompute(c.checkpoint)
 

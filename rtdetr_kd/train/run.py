@@ -20,9 +20,9 @@ from accelerate.utils import gather_object
 from fastcore.basics import patch
 from matplotlib.ticker import LogLocator, NullLocator
 
+from ..data.audit import pixels_in
 from ..data.boxes import draw
 from ..data.dataset import summary
-from ..data.images import open_image
 from ..data.split import Split, ground_truth, part
 from ..files import any_letter, commit_now, cpu_name, gpu_name, plainly
 from ..data.finding import LOWEST_SCORE
@@ -32,7 +32,7 @@ from ..model.weights import load_model
 from .config import Config, run_folder
 from .parallel import enough_disk, enough_memory, others_there
 import rtdetr_kd.train.pilot  # adds `weigh` and `adapt_lam` to the Learner
-from .step import Learner
+from .step import Learner, tell_of_warmup
 from .store import EXTENSIBLE, allows_more, inputs, same_experiment
 
 # %% ../../nbs/train/07_run.ipynb #r22eval1
@@ -189,6 +189,7 @@ def introduce(self: Learner):
     n, many = sum(p.numel() for p in self.model.parameters()), f", {self.ranks} processes" if self.ranks > 1 else ""
     print(f"{self.folder.name}: {n / 1e6:.2f} M parameters, {self.total} steps of {self.c.batch} images "
           f"on {self.device}{many}\n{summary(self.splits)}", flush=True)
+    tell_of_warmup(self.c, self.total)
 
 # %% ../../nbs/train/07_run.ipynb #r22more1
 def given_more(
@@ -313,7 +314,7 @@ def beside_truth(
     rows = [k for k in rows if k < len(split)]
     fig, axs = plt.subplots(2, len(rows), figsize=(2.2 * len(rows), 4.6), squeeze=False)
     for k, (top, low) in zip(rows, axs.T):
-        image, own = open_image(split.folder / split.files[k]), split.of(k)
+        image, own = pixels_in(split, k), split.of(k)
         draw(image, split.boxes[own], [split.names[c] for c in split.labels[own]], ax=top, title="truth")
         model.detect(image, threshold).show(ax=low, title="detected")
     fig.tight_layout(pad=.4)
