@@ -26,7 +26,8 @@ ARMS = {"none": {}, "inherit": dict(inherit="teacher"),
         "inherit strongest": dict(inherit="teacher", inherit_how="strongest"),
         "inherit fit": dict(inherit="teacher", inherit_how="fit")}
 ARMS |= {m: dict(method=m) for m in METHODS}
-ARMS |= {f"inherit strongest, {m}": dict(method=m, inherit="teacher", inherit_how="strongest") for m in ("query", "cwd")}
+STRONGEST = dict(inherit="teacher", inherit_how="strongest")
+ARMS |= {f"inherit strongest, {m}": STRONGEST | dict(method=m) for m in ("query", "cwd")}
 LENGTHS = dict(short=1000, middle=2000)
 STEPS = 4  # of each arm in a round
 
