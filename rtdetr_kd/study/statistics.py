@@ -47,8 +47,8 @@ DISTILLING = {*TELLING, "teacher", "lam", "rho", "kd_points", "pilot", "cache",
 def same_budget(
     runs: pd.DataFrame,  # as `read_runs` gives them
 ):  # raises ValueError
-    "Refuse runs that differ in more than method, seed, epochs and settings of distillation"
-    free = {*FREE, *DISTILLING, "seed", "epochs"}
+    "Refuse runs that differ in more than method, seed, length and settings of distillation"
+    free = {*FREE, *DISTILLING, "seed", "epochs", "max_steps"}
     mixed = [k for k in asdict(Config()) if k in runs and k not in free and runs[k].astype(str).nunique() > 1]
     if mixed:
         raise ValueError(
