@@ -137,7 +137,8 @@ def test_calibration_sees_what_inference_sees(files):
     from rtdetr_kd.data import dataset
     from rtdetr_kd.deploy import calibrate, runner, verify
     from rtdetr_kd.model import evaluate
-    assert runner.Images is verify.Images is evaluate.Images is dataset.Images
+    assert verify.Images is evaluate.Images is dataset.Images
+    assert runner.pictures(twelve(), 64, [3]).tolist() == dataset.Images(twelve(), 64)[3][0].permute(1, 2, 0)[None].tolist()
     assert calibrate.pictures is verify.pictures is runner.pictures
 
 

@@ -89,7 +89,7 @@ def every_kind_of_every_pair():
             yield pytest.param(kind, pair, id=f"{kind}-{pair}", marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize("kind, pair", every_kind_of_every_pair())
+@pytest.mark.parametrize("kind, pair", [*every_kind_of_every_pair()])
 def test_two_steps(tiny, teachers, tmp_path, kind, pair):
     l = learner(tiny, teachers, tmp_path, pair, **KINDS[kind])
     if kind == "boxes": l.distillation.method.least = 0.  # an untrained teacher is sure of nothing

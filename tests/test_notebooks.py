@@ -148,6 +148,7 @@ def test_committed_with_outputs_and_without_traces(path):
     text = path.read_text()
     assert any(c["outputs"] for c in code(path)), "readers see no picture: run the notebook before committing"
     assert not re.search(r"/(root|home|Users|tmp)/\w|(?<![\w.}])/work/\w", text), "a path of one machine"
+    assert "jupyter.widget-" not in text, "a widget, for which a page would load a script from the network"
     shown = json.dumps(
         [
             {k: v for k, v in o.items() if k != "data"}

@@ -451,7 +451,7 @@ def test_pixels_in_flight(monkeypatch):
     "Two large pictures are not decoded at the same time; a small one passes"
     from rtdetr_kd.serve import batching
     budget, most, go = batching.Budget(50_000), [], threading.Event()
-    def slow(im, data):
+    def slow(im, data, **how):
         most.append(budget.used)
         if im.width == 200: go.wait(30)
         return np.zeros((im.height, im.width, 3), np.uint8)
@@ -1029,7 +1029,7 @@ HANGING = """
 import sys, time
 import rtdetr_kd.serve.batching as b
 from rtdetr_kd.serve.main import main
-b.pixels_of = lambda im, data: time.sleep(600)
+b.pixels_of = lambda im, data, **how: time.sleep(600)
 main(["--port", sys.argv[1], "--threads", "1", "--max-seconds", "1"])
 """
 
