@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAVES', 'NEW_FOLDER', 'NO_SUCH_SPLIT', 'SETTING', 'MEND_IT', 'INT8_IS_MEASURED', 'INT8_PASSED', 'SAME_OBJECTS',
            'VERBS', 'ABOUT', 'as_asked', 'told', 'keep', 'predict_verb', 'split_of', 'evaluate_verb', 'beside_teacher',
-           'goes_on', 'check_verb', 'split_verb', 'as_integers', 'export_verb', 'bench_verb', 'download_verb', 'answer',
-           'study_verb', 'parser_of', 'list_verbs', 'run_verb', 'main']
+           'goes_on', 'check_verb', 'split_verb', 'as_integers', 'export_verb', 'bench_verb', 'download_verb',
+           'what_was_shown', 'study_verb', 'parser_of', 'list_verbs', 'run_verb', 'main']
 
 # %% ../nbs/command.ipynb #268ecf68
 import re, sys
@@ -308,7 +308,7 @@ def download_verb(
     print(coco_part(subset, to, base or COCO) if subset else coco(to, base or COCO))
 
 # %% ../nbs/command.ipynb #s24answr
-def answer(
+def what_was_shown(
     table,  # a DataFrame as `ablation` gives it: configuration, seed, AP
 ):  # a DataFrame, a row a configuration
     "Mean and deviation; against `none`: the difference with its interval, a verdict, and what more it would take"
@@ -344,7 +344,7 @@ def study_verb(
     print(table.to_string(index=False))
     if dry: return
     refuse_failed(table)
-    print("\n" + answer(table).to_string())
+    print("\n" + what_was_shown(table).to_string())
 
 # %% ../nbs/command.ipynb #7076baaa
 VERBS = dict(train="train.command", predict=predict_verb, evaluate=evaluate_verb, check=check_verb, split=split_verb,
