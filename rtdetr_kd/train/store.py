@@ -161,7 +161,7 @@ def lock(self: Store,
     else:
         if not resume: put_aside(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)
+        lock = FileLock(self.folder / ".lock", timeout=3)  # seconds: what a killed run has started may hold it a moment
         try: lock.acquire()
         except Timeout:
             raise OSError(f"{self.folder} is being trained by another process: wait for it, "
