@@ -317,9 +317,9 @@ def what_was_shown(
     others = [k for k in out.index if k != "none"]
     if "none" not in out.index or not others or len(table) == len(out): return out
     t = compare(table.rename(columns=dict(configuration="variant")), [(k, "none") for k in others]).set_index("variant")
-    against = {k: difference_text(r.gain, r.low, r.high) for k, r in t.iterrows()}
-    said = dict(against_none=against, shown=t.verdict.to_dict(), seeds_for_002=t.needed.to_dict())
-    return out.assign(**{k.replace("_", " ").replace("002", ".02"): out.index.map(v) for k, v in said.items()})
+    columns = {"against none": {k: difference_text(r.gain, r.low, r.high) for k, r in t.iterrows()},
+               "shown": t.verdict, "seeds for .02": t.needed}
+    return out.assign(**{k: out.index.map(dict(v)) for k, v in columns.items()})
 
 
 # %% ../nbs/command.ipynb #76f684b5

@@ -330,7 +330,8 @@ def looks_of(
         open_ones = [f for f in s.files if f not in barred]
         seen = iter(look_at_all(s.folder, open_ones, files[k], progress))
         looks[k] = [Look(error=OUTSIDE) if f in barred else next(seen) for f in s.files]
-    for k, s in splits.items(): s.digests, s.grey_bits = [x.digest for x in looks[k]], depth_in(looks)
+    bits = depth_in(looks)
+    for k, s in splits.items(): s.digests, s.grey_bits = [x.digest for x in looks[k]], bits
     decide_turns(splits, looks)
     return files, looks
 
