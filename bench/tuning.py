@@ -23,6 +23,7 @@ def tuning_runs(folder: Path) -> list:
 
 if __name__ == "__main__":
     rows = tuning_runs(Path(sys.argv[1]))
-    out = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).resolve().parents[1] / "runs/published/tuning.jsonl"
+    published = Path(__file__).resolve().parents[1] / "runs/published"
+    out = Path(sys.argv[2]) if len(sys.argv) > 2 else published / "tuning.jsonl"
     out.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     print(f"{len(rows)} runs")
